@@ -1,0 +1,81 @@
+"""Seams where other packages plug in.
+
+The signatures carry only tensors and numbers, so an implementation never imports this package:
+it fits by shape (PEP 544). Shape letters: B samples, T tokens held here, I and O input and output
+features. A name that ends in `_B` is per-sample and therefore secret.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@runtime_checkable
+class NormKernel(Protocol):
+    """Per-sample arithmetic of one linear map `y = x Wᵀ`, given input A and output gradient G."""
+
+    def sq_norm_direct(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
+        """Return ‖GᵀA‖² per sample, `[B]`, without a `[B, O, I]` buffer."""
+        ...
+
+    def sq_norm_gram(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
+        """Return ⟨AAᵀ, GGᵀ⟩ per sample, `[B]`, without a `[T, T]` buffer."""
+        ...
+
+    def per_sample_grad(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
+        """Return GᵀA per sample, `[B, O, I]`, in the dtype of `grad_BTO`."""
+        ...
+
+    def weighted_grad(self, act_BTI: Tensor, grad_BTO: Tensor, factor_B: Tensor) -> Tensor:
+        """Return Σ_b factor_b · G_bᵀA_b, `[O, I]`, accumulated in fp32 or better.
+
+        A sample whose factor is zero contributes exactly zero even where its A or G is not finite.
+        """
+        ...
+
+
+@runtime_checkable
+class SequenceShards(Protocol):
+    """Who holds the rest of each sample and of each parameter."""
+
+    @property
+    def degree(self) -> int:
+        """Number of ranks that hold one sequence together; 1 when whole sequences are here."""
+        ...
+
+    def sum_scalars(self, values: Tensor) -> Tensor:
+        """Return `values` (fp64) summed over the ranks that hold one sequence together."""
+        ...
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """Return the part of a parameter, or of its gradient, that this rank owns."""
+        ...
+
+    def offset(self, parameter: Tensor) -> int:
+        """Return the flat index, in the whole parameter, of the first element owned here."""
+        ...
+
+    def restore(self, parameter: Tensor, local: Tensor) -> Tensor:
+        """Return `local` in the form that `parameter.grad` must have; inverse of `local`."""
+        ...
+
+
+@runtime_checkable
+class GradientReduction(Protocol):
+    """Sum of clipped sums over replicas, once per logical batch."""
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Sum each tensor in place over the replicas of the model."""
+        ...
+
+
+@runtime_checkable
+class NoiseSource(Protocol):
+    """Gaussian noise addressed by (step, tensor name, global offset), never by call order."""
+
+    def add_(self, tensor: Tensor, *, stddev: float, step: int, name: str, offset: int) -> None:
+        """Add N(0, stddev²) in place to `tensor`, flat elements `offset…` of tensor `name`."""
+        ...
