@@ -1,0 +1,161 @@
+"""A whole training run as one validated, immutable value.
+
+A recipe is a TOML file. Relative paths in it start at the current folder. Read one with
+`load_recipe`, look a setting up as `recipe.privacy.steps`, and write it back with `to_toml`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from veilspan.trainer.errors import RecipeError
+from veilspan.trainer.recipe_errors import explain
+from veilspan.trainer.recipe_toml import dumps
+from veilspan.trainer.sections import (
+    Compute,
+    Data,
+    Model,
+    Optimizer,
+    Parallel,
+    Privacy,
+    Run,
+    Section,
+)
+
+
+class Recipe(Section):
+    """Everything that decides a run, except the data and the secret key themselves."""
+
+    model: Model = Field(description="What is trained.")
+    data: Data = Field(description="What is learned from.")
+    privacy: Privacy = Field(description="How much may become known about one unit.")
+    optimizer: Optimizer = Field(default_factory=Optimizer, description="AdamW.")
+    parallel: Parallel = Field(default_factory=Parallel, description="Processes.")
+    compute: Compute = Field(default_factory=Compute, description="How gradients are computed.")
+    run: Run = Field(description="Where the results go.")
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Recipe:
+        self._check_tokenizer()
+        self._check_context()
+        if self.optimizer.warmup_steps > self.privacy.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, more than "
+                f"privacy.steps, {self.privacy.steps}; warm-up has to end within the run"
+            )
+        return self
+
+    def _check_tokenizer(self) -> None:
+        if self.model.path is None and self.data.tokenizer == "auto":
+            raise ValueError(
+                'data.tokenizer is "auto", which takes the tokenizer of model.path, but the model '
+                'starts from model.config; set data.tokenizer to "bytes" or to a local folder'
+            )
+
+    def _check_context(self) -> None:
+        context, layout = self.parallel.context, self.parallel.layout
+        if context == 1:
+            return
+        pieces = 2 * context if layout == "zigzag" else context
+        if self.data.sequence_length % pieces:
+            nearest = max(1, round(self.data.sequence_length / pieces)) * pieces
+            raise ValueError(
+                f"data.sequence_length is {self.data.sequence_length}, which parallel.context = "
+                f"{context} with layout {layout} cannot divide into {pieces} equal pieces; "
+                f"set data.sequence_length to {nearest} or change parallel.context"
+            )
+        if self.compute.microbatch_size != 1:
+            raise ValueError(
+                f"compute.microbatch_size is {self.compute.microbatch_size}; with "
+                f"parallel.context = {context} the processes share one sequence at a time, so it "
+                "must be 1"
+            )
+        if self.compute.backward not in ("auto", "single_sample"):
+            raise ValueError(
+                f'compute.backward is "{self.compute.backward}"; with parallel.context = '
+                f'{context} it must be "auto" or "single_sample"'
+            )
+
+    @property
+    def processes(self) -> int:
+        """Number of processes the run needs."""
+        return self.parallel.replicate * self.parallel.context
+
+    def to_toml(self) -> str:
+        """Return the recipe with every default filled in; `load_recipe` reads it back."""
+        return dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply overrides and validate the result.
+
+    Args:
+        path: TOML file.
+        overrides: `section.key=value` texts; a value is read as TOML where it can be and as plain
+            text where it cannot. An empty value removes the key.
+
+    Returns:
+        The validated recipe.
+
+    Raises:
+        RecipeError: If the file is missing or no TOML, or if any key is wrong; the message lists
+            every wrong key at once.
+    """
+    path = Path(path)
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"Cannot read the recipe {path}: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The recipe {path} is not valid TOML: {error}.") from error
+    for override in overrides:
+        _apply(tree, override)
+    return make_recipe(tree, source=str(path))
+
+
+def make_recipe(tree: Mapping[str, Any], *, source: str = "the recipe") -> Recipe:
+    """Validate settings given as nested mappings.
+
+    Args:
+        tree: Section name → key → value.
+        source: What error messages call the origin of the settings.
+
+    Raises:
+        RecipeError: If any key is wrong; the message lists every wrong key at once.
+    """
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(explain(error, Recipe, source)) from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Put one `section.key=value` into `tree`."""
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys) or len(keys) < 2:
+        raise RecipeError(
+            f"--set {override!r} is not understood; write section.key=value, "
+            "for example --set privacy.steps=100."
+        )
+    section = tree
+    for key in keys[:-1]:
+        section = section.setdefault(key, {})
+        if not isinstance(section, dict):
+            raise RecipeError(f"--set {override!r}: {key} is a value and has no keys below it.")
+    if text.strip():
+        section[keys[-1]] = _value(text.strip())
+    else:
+        section.pop(keys[-1], None)
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
