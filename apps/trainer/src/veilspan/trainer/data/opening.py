@@ -1,0 +1,133 @@
+"""Data sections of a recipe opened as records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from veilspan.trainer.data.folders import PATTERNS, detect_format, is_inside, list_files
+from veilspan.trainer.data.records import Records, one_unit_per_row, one_unit_per_user
+from veilspan.trainer.data.rows import DatasetFolder, JsonLines, ParquetFiles, Rows, TextFiles
+from veilspan.trainer.errors import DataError
+from veilspan.trainer.recipe import Recipe
+from veilspan.trainer.sections import Data
+
+
+def open_records(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Records:
+    """Open the private training data; `len` of the result is the public number of units N.
+
+    Units are ordered by file and row, or by user name: the same on every machine.
+
+    Raises:
+        DataError: If data is missing, empty, or not in the declared form.
+    """
+    data = recipe.data
+    rows = _training_rows(data)
+    if data.unit == "user":
+        assert data.user_column is not None  # Data refuses unit "user" without it
+        units = one_unit_per_user(rows.users(data.user_column))
+    else:
+        units = one_unit_per_row(range(len(rows)))
+    if len(units) == 0:
+        raise DataError(_empty(data))
+    return Records(
+        rows,
+        tokenizer,
+        sequence_length=data.sequence_length,
+        units=units.first(data.max_records),
+    )
+
+
+def open_heldout(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Records | None:
+    """Open the public held-out data, one sequence per row, or return None without any.
+
+    Of more than `data.heldout_records` rows, as many are taken at even distances.
+
+    Raises:
+        DataError: If data is missing, empty, or not in the declared form.
+    """
+    data = recipe.data
+    if not data.has_heldout:
+        return None
+    rows = _heldout_rows(data)
+    count = min(len(rows), data.heldout_records)
+    if count == 0:
+        source = data.heldout or f"{data.train}/{data.heldout_pattern}"
+        raise DataError(f"The held-out data {str(source)!r} has no rows; remove it or correct it.")
+    chosen = [index * len(rows) // count for index in range(count)]
+    return Records(
+        rows,
+        tokenizer,
+        sequence_length=data.sequence_length,
+        units=one_unit_per_row(chosen),
+    )
+
+
+def _training_rows(data: Data) -> Rows:
+    kind = _format(data, data.train, "data.train")
+    if data.heldout is not None and is_inside(data.train, data.heldout):
+        raise DataError(
+            f"data.train, {str(data.train)!r}, lies inside data.heldout, {str(data.heldout)!r}; "
+            "held-out data is public and must not hold the training data."
+        )
+    if kind == "dataset":
+        if data.heldout_pattern is not None:
+            raise DataError(
+                "data.heldout_pattern picks files, which a dataset folder does not have; "
+                "name held-out data with data.heldout."
+            )
+        return DatasetFolder(data.train, data.text_column)
+    exclude = (*data.exclude, *([data.heldout_pattern] if data.heldout_pattern else []))
+    pattern = data.pattern or PATTERNS[kind]
+    files = list_files(
+        data.train, "data.train", pattern=pattern, exclude=exclude, without=data.heldout
+    )
+    return _rows(kind, files, data)
+
+
+def _heldout_rows(data: Data) -> Rows:
+    path, key = data.heldout, "data.heldout"
+    kind = _format(data, path or data.train, key)
+    if path is None:
+        assert data.heldout_pattern is not None
+        files = _held_out_files(data, data.heldout_pattern, data.pattern or PATTERNS[kind])
+    elif kind == "dataset":
+        return DatasetFolder(path, data.text_column)
+    else:
+        files = list_files(path, key, pattern=data.pattern or PATTERNS[kind], exclude=data.exclude)
+    return _rows(kind, files, data)
+
+
+def _held_out_files(data: Data, held_out: str, pattern: str) -> list[Path]:
+    """Return the files of the train folder that `pattern` takes and `held_out` takes away."""
+    every = list_files(data.train, "data.train", pattern=pattern, exclude=data.exclude)
+    exclude = (*data.exclude, held_out)
+    trained_on = set(list_files(data.train, "data.train", pattern=pattern, exclude=exclude))
+    return [file for file in every if file not in trained_on]
+
+
+def _rows(kind: str, files: Sequence[Path], data: Data) -> Rows:
+    if kind == "text":
+        return TextFiles(files)
+    if kind == "jsonl":
+        return JsonLines(files, data.text_column)
+    return ParquetFiles(files, data.text_column)
+
+
+def _format(data: Data, path: Path, key: str) -> str:
+    return detect_format(path, key) if data.format == "auto" else data.format
+
+
+def _empty(data: Data) -> str:
+    where = f"data.train is {str(data.train)!r}"
+    if data.train.is_dir():
+        kind = _format(data, data.train, "data.train")
+        wanted = data.pattern or PATTERNS.get(kind)
+        if wanted is not None:
+            return (
+                f"{where}, a folder in which no row is left to train on: files {wanted} without "
+                f"those excluded or held out; change data.pattern or data.exclude."
+            )
+    return f"{where}, which has no rows; give a file or folder with at least one."
