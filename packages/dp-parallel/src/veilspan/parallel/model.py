@@ -1,0 +1,167 @@
+"""One model spread over the processes of a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial, wraps
+from itertools import chain
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from veilspan.parallel.blocks import decoder_blocks
+from veilspan.parallel.huggingface import ATTENTION_NAME
+from veilspan.parallel.mesh import ParallelMesh
+
+Checkpointing = Literal["none", "full"]
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def shard_model(
+    model: ModelT,
+    mesh: ParallelMesh,
+    *,
+    checkpointing: Checkpointing = "none",
+    param_dtype: torch.dtype | None = None,
+) -> ModelT:
+    """Prepare a whole model for training on a mesh, in place.
+
+    In this order: every rank takes over rank 0's parameters and buffers; each decoder block is
+    recomputed in the backward pass if asked for; FSDP2 splits each block, then what remains, over
+    the `context` axis. Gradients are summed over that axis, never averaged: each rank's loss is its
+    share of the record's loss. Names of modules and parameters stay as they were. With a context
+    degree of 1 nothing is split.
+
+    Call it before the model is handed to `PrivateStep` and to the optimizer.
+
+    Args:
+        model: The same architecture on every rank, parameters on `mesh.device`.
+        mesh: The processes.
+        checkpointing: `"full"` keeps only the input of each block and computes the rest again in
+        the
+            backward pass; `"none"` keeps everything.
+        param_dtype: Compute dtype, for example `torch.bfloat16`, while parameters, reductions and
+            gradients keep theirs; None computes in the parameters' own dtype. With a context degree
+            of 1 it is applied by autocast.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If `checkpointing` is unknown, the decoder blocks cannot be found or share
+            parameters, a parameter is on the meta device or already split, or `param_dtype` is not
+            a floating dtype.
+
+    Guarantee:
+        All ranks start from bitwise equal parameters, so replicas that apply equal updates stay
+        equal.
+    """
+    if checkpointing not in get_args(Checkpointing):
+        raise ValueError(
+            f"checkpointing is {checkpointing!r}; it must be one of "
+            f"{list(get_args(Checkpointing))}."
+        )
+    if param_dtype is not None and not param_dtype.is_floating_point:
+        raise ValueError(f"param_dtype is {param_dtype}; it must be a floating dtype or None.")
+    _refuse_unready(model)
+    blocks = decoder_blocks(model)
+    _broadcast(model, mesh)
+    if checkpointing == "full":
+        for block in blocks:
+            _recompute(block)
+    if mesh.context_degree > 1:
+        _split(model, blocks, mesh, param_dtype)
+    elif param_dtype is not None:
+        _wrap_forward(model, partial(_autocast, mesh.device_type, param_dtype))
+    _refuse_padding_masks(model)
+    return model
+
+
+def _refuse_unready(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"the parameter {name} is on the meta device; load its values first.")
+        if not (type(parameter) is nn.Parameter and type(parameter.data) is Tensor):
+            raise ValueError(
+                f"the parameter {name} is a {type(parameter.data).__name__}; shard_model takes a "
+                "model of ordinary parameters, once."
+            )
+
+
+def _broadcast(model: nn.Module, mesh: ParallelMesh) -> None:
+    if mesh.world_size == 1:
+        return
+    with torch.no_grad():
+        for tensor in chain(model.parameters(), model.buffers()):
+            whole = tensor.detach().contiguous()
+            dist.broadcast(whole, src=0)
+            if whole.data_ptr() != tensor.data_ptr():
+                tensor.copy_(whole)
+
+
+def _wrap_forward(module: nn.Module, call: Callable[..., Any]) -> None:
+    """Let `call(forward, *args, **kwargs)` stand in for the module's forward.
+
+    The instance is changed, not wrapped in another module, so that the names of parameters, which
+    address the noise and the checkpoint, do not depend on how the model is run.
+    """
+    forward = module.forward
+
+    @wraps(forward)
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        return call(forward, *args, **kwargs)
+
+    module.forward = stand_in
+
+
+def _recompute(block: nn.Module) -> None:
+    # FSDP2's hooks are on the call, outside of forward: recomputation finds gathered parameters.
+    _wrap_forward(block, partial(checkpoint, use_reentrant=False))
+
+
+def _autocast(
+    device_type: str, dtype: torch.dtype, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    with torch.autocast(device_type, dtype=dtype):
+        return forward(*args, **kwargs)
+
+
+def _split(
+    model: nn.Module, blocks: nn.ModuleList, mesh: ParallelMesh, param_dtype: torch.dtype | None
+) -> None:
+    narrow = any(p.element_size() < 4 for p in model.parameters() if p.requires_grad)
+    policy = MixedPrecisionPolicy(
+        param_dtype=param_dtype,
+        reduce_dtype=torch.float32 if param_dtype is not None or narrow else None,
+    )
+    # Embedding and head stay together in the root group: tied weights must not be split apart.
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh.context_mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # gloo has no pre-multiplied sum, and NCCL's has had rounding faults.
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _refuse_padding_masks(model: nn.Module) -> None:
+    """Stop a padding mask that the attention would silently not see."""
+    config = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", None) != ATTENTION_NAME:
+        return
+
+    def check(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not bool(mask.all()):
+            raise ValueError(
+                f"attention_mask hides tokens, but {ATTENTION_NAME} is causal and takes no mask: "
+                "fill sequences on the right, set the labels there to the ignore index, and pass "
+                "no mask."
+            )
+
+    model.register_forward_pre_hook(check, with_kwargs=True)

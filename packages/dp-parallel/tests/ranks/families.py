@@ -1,0 +1,138 @@
+"""Tiny Hugging Face decoders on a mesh against one process: the largest relative error per case."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+
+from veilspan.parallel import (
+    ContextShards,
+    Layout,
+    build_mesh,
+    check_model,
+    context_parallel,
+    register_attention,
+    shard_batch,
+    shard_model,
+)
+from veilspan.parallel.testing import rank_main
+
+COMMON = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "attention_dropout": 0.0,
+    "use_cache": False,
+    "pad_token_id": 0,
+}
+WINDOW = {"sliding_window": 9}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES = {
+    "llama": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama tied": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2 window": ("Qwen2", {"use_sliding_window": True, "max_window_layers": 1, **WINDOW}),
+    "qwen3": ("Qwen3", {"head_dim": 8, "attention_bias": True}),
+    "mistral": ("Mistral", WINDOW),
+    "gemma": ("Gemma", {"head_dim": 8}),
+    "gemma2": ("Gemma2", {"head_dim": 8, "attn_logit_softcapping": None, **WINDOW}),
+    "gemma3": ("Gemma3Text", {"head_dim": 8, "_sliding_window_pattern": 2, **WINDOW}),
+    "phi": ("Phi", {"resid_pdrop": 0.0, "embd_pdrop": 0.0}),
+    "phi3": ("Phi3", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, **WINDOW}),
+    "gpt2": (
+        "GPT2",
+        {"n_inner": 48, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    ),
+}
+
+
+def build(family: str, attention: str):
+    kind, options = FAMILIES[family]
+    config = getattr(transformers, f"{kind}Config")(**{**COMMON, **options})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with torch.no_grad():  # norms and biases that start as zeros or ones would hide mistakes
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.double().train()
+
+
+def losses(logits: Tensor, shifted_labels: Tensor, num_tokens_B: Tensor) -> Tensor:
+    losses_BT = F.cross_entropy(logits.transpose(1, 2), shifted_labels, reduction="none")
+    return losses_BT.sum(dim=1) / num_tokens_B
+
+
+def records(length: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(3)
+    input_ids = torch.randint(1, 97, (2, length))
+    labels = input_ids.clone()
+    labels[:, :5] = -100
+    labels[1, -7:] = -100
+    return input_ids, labels
+
+
+def reference(family: str, length: int) -> tuple[Tensor, dict[str, Tensor]]:
+    model = build(family, "sdpa")
+    input_ids, labels = records(length)
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+    losses_B = losses(model(input_ids).logits, shifted, (shifted != -100).sum(1))
+    losses_B.sum().backward()
+    return losses_B.detach(), {n: p.grad for n, p in model.named_parameters()}
+
+
+def error(family, mesh, layout, attention, checkpointing, expected) -> float:
+    model = build(family, register_attention())
+    check_model(model.config, mesh, layout, attention=attention)
+    model = shard_model(model, mesh, checkpointing=checkpointing)
+    part = shard_batch(*records(layout.length), layout, mesh.context_rank)
+    with context_parallel(mesh, layout, attention):
+        logits = model(input_ids=part.input_ids, position_ids=part.position_ids).logits
+        losses_B = losses(logits, part.labels, part.num_tokens_B)
+        losses_B.sum().backward()
+    total_B = ContextShards(mesh).sum_scalars(losses_B.detach())
+    errors = [relative(total_B, expected[0])]
+    for name, parameter in model.named_parameters():
+        errors.append(relative(parameter.grad.full_tensor(), expected[1][name]))
+    return max(errors)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-12)).item()
+
+
+def body(arguments: list[str]) -> dict[str, float]:
+    ranks = dist.get_world_size()
+    mesh = build_mesh(context=ranks)
+    length = 16 * ranks
+    errors: dict[str, float] = {}
+    for family in arguments or FAMILIES:
+        expected = reference(family, length)
+        for kind, attention, checkpointing in itertools.product(
+            ("contiguous", "zigzag"), ("ulysses", "allgather"), ("none", "full")
+        ):
+            layout = Layout(length=length, ranks=ranks, kind=kind)
+            errors[f"{family}: {kind}, {attention}, {checkpointing}"] = error(
+                family, mesh, layout, attention, checkpointing, expected
+            )
+    return errors
+
+
+if __name__ == "__main__":
+    sys.exit(rank_main(body))
