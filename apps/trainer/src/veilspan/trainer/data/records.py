@@ -122,10 +122,9 @@ def one_unit_per_user(users: Sequence[str]) -> Units:
 def _ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Return what stands before a unit (where the tokenizer's template has it) and after a text."""
     template: Any = tokenizer("")["input_ids"]
-    begin: Any = tokenizer.bos_token_id
-    end: Any = tokenizer.eos_token_id
-    has_begin = begin is not None and template[:1] == [begin]
-    return [begin] if has_begin else [], [] if end is None else [end]
+    begin: Any = [tokenizer.bos_token_id]
+    end: Any = [tokenizer.eos_token_id]
+    return begin if template[:1] == begin else [], [] if end == [None] else end
 
 
 def _characters_per_token(tokenizer: PreTrainedTokenizerBase) -> int:
