@@ -1,0 +1,174 @@
+"""Per-record losses of causal language models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CHUNK_ELEMENTS = 2**20  # logits worked on at a time
+
+
+def causal_lm_losses(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    shifted: bool = False,
+    num_tokens_B: Tensor | None = None,
+) -> Tensor:
+    """Return the cross entropy of each record over its own tokens.
+
+    Args:
+        logits: `[B, T, V]`, floating point.
+        labels: `[B, T]`, token ids in 0 … V-1 or `ignore_index`. By default the model's own input:
+            the logits at t are scored on the label at t+1.
+        ignore_index: Label of tokens that do not count, such as padding.
+        reduction: `mean` over the record's tokens (nats per token), or their `sum` (nats).
+        shifted: The labels are shifted already: the logits at t are scored on the label at t. Needed
+            where a sequence is split over ranks, since the next label may lie on another rank.
+        num_tokens_B: `[B]`, counted tokens of each whole record, where this rank holds only a part
+            of its sequence: the result is then this rank's share of the mean.
+
+    Returns:
+        Losses in nats, `[B]`, fp32 (fp64 for fp64 logits). A record without a counted token has loss
+        0 and gradient 0.
+
+    Raises:
+        ValueError: If shapes, dtypes or options do not fit, or (labels on the CPU) a label is
+            outside of the vocabulary.
+
+    Guarantee:
+        A loss depends on its own record alone: not on other records, on how many there are, or on
+        the content of tokens that do not count, even if that is not finite.
+
+    Example:
+        >>> logits, labels = torch.zeros(2, 3, 4), torch.tensor([[1, 2, 3], [1, -100, -100]])
+        >>> causal_lm_losses(logits, labels)
+        tensor([1.3863, 0.0000])
+    """
+    _check_tensors(logits, labels)
+    _check_options(reduction, shifted, num_tokens_B, len(logits))
+    targets_BT = labels.long()
+    if not shifted:
+        targets_BT = torch.nn.functional.pad(targets_BT[:, 1:], (0, 1), value=ignore_index)
+    counted_BT = targets_BT != ignore_index
+    _check_range(targets_BT, counted_BT, logits.shape[-1])
+    losses_B = _TokenLosses.apply(logits, targets_BT, counted_BT).sum(1)
+    if reduction == "sum":
+        return losses_B
+    here_B = counted_BT.sum(1)
+    if num_tokens_B is None:
+        return losses_B / here_B.clamp(min=1)
+    _check_counts(num_tokens_B, here_B)
+    return losses_B / num_tokens_B.to(losses_B.device).clamp(min=1)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Cross entropy per token without keeping a second `[B, T, V]` for the backward.
+
+    Autograd's own would keep the log-probabilities. This keeps one number per token, and works in
+    chunks that stay in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_BTV: Tensor, targets_BT: Tensor, counted_BT: Tensor) -> Tensor:
+        wide = torch.promote_types(logits_BTV.dtype, torch.float32)
+        logits_NV = logits_BTV.reshape(-1, logits_BTV.shape[-1])
+        targets_N = targets_BT.masked_fill(~counted_BT, 0).reshape(-1)
+        normalizers_N = logits_NV.new_empty(len(logits_NV), dtype=wide)
+        losses_N = torch.empty_like(normalizers_N)
+        for rows in _row_chunks(logits_NV):
+            chunk = logits_NV[rows].to(wide)
+            target = chunk.gather(1, targets_N[rows, None]).squeeze(1)
+            normalizers_N[rows] = chunk.logsumexp(1)
+            losses_N[rows] = normalizers_N[rows] - target
+        ctx.save_for_backward(logits_NV, targets_N, counted_BT, normalizers_N)
+        return losses_N.view(targets_BT.shape).masked_fill(~counted_BT, 0.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_BT: Tensor) -> tuple[Tensor, None, None]:
+        logits_NV, targets_N, counted_BT, normalizers_N = ctx.saved_tensors
+        weight_N = grad_BT.reshape(-1, 1)
+        ignored_N = ~counted_BT.reshape(-1, 1)
+        grad_NV = torch.empty_like(logits_NV)
+        for rows in _row_chunks(logits_NV):
+            chunk = (logits_NV[rows] - normalizers_N[rows, None]).exp_().mul_(weight_N[rows])
+            chunk.scatter_add_(1, targets_N[rows, None], -weight_N[rows])
+            # Not a product with 0: logits of tokens that do not count may be infinite or NaN.
+            grad_NV[rows] = chunk.masked_fill_(ignored_N[rows], 0.0)
+        return grad_NV.view(*counted_BT.shape, -1), None, None
+
+
+def _row_chunks(logits_NV: Tensor) -> Iterator[slice]:
+    rows, vocabulary = logits_NV.shape
+    size = max(1, _CHUNK_ELEMENTS // max(1, vocabulary))
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+def _check_tensors(logits: Tensor, labels: Tensor) -> None:
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.is_floating_point():  # noqa: PLR2004
+        raise ValueError(
+            f"logits is {_describe(logits)}; it must be floating point, [B, T, V]. Pass the model's "
+            "`.logits`, with the batch dimension kept: a flattened batch has no records."
+        )
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"labels is {_describe(labels)}; it must be int64 token ids, [B, T].")
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}, but logits has {tuple(logits.shape)}; labels "
+            f"must be {tuple(logits.shape[:2])}. Cut neither: the shift by one happens here, or pass "
+            "shifted=True with labels that are shifted and padded with ignore_index."
+        )
+
+
+def _check_options(reduction: str, shifted: bool, num_tokens_B: Tensor | None, size: int) -> None:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(
+            f"reduction is {reduction!r}; it must be 'mean' or 'sum', each over a record's own "
+            "tokens. A mean over the batch would couple the records."
+        )
+    if num_tokens_B is None:
+        return
+    if reduction == "sum" or not shifted:
+        raise ValueError(
+            f"num_tokens_B is given with reduction={reduction!r}, shifted={shifted}; it is for "
+            "reduction='mean' of sequences that were shifted first and then split (shifted=True)."
+        )
+    if num_tokens_B.shape != (size,) or num_tokens_B.is_floating_point():
+        raise ValueError(
+            f"num_tokens_B is {_describe(num_tokens_B)}; it must be one whole number per record, "
+            f"[{size}]."
+        )
+
+
+def _check_range(targets_BT: Tensor, counted_BT: Tensor, vocabulary: int) -> None:
+    if targets_BT.device.type != "cpu":
+        return  # would wait for the device, whose own bounds check stops the run as well
+    wrong_BT = counted_BT & ((targets_BT < 0) | (targets_BT >= vocabulary))
+    if bool(wrong_BT.any()):
+        raise ValueError(
+            f"labels holds {int(targets_BT[wrong_BT][0])}, outside of the vocabulary 0 … "
+            f"{vocabulary - 1}. Is the tokenizer the model's own, and padding labelled "
+            "ignore_index?"
+        )
+
+
+def _check_counts(num_tokens_B: Tensor, here_B: Tensor) -> None:
+    if num_tokens_B.device.type == here_B.device.type == "cpu" and bool(
+        (num_tokens_B < here_B).any()
+    ):
+        raise ValueError(
+            "num_tokens_B is smaller than the number of counted tokens held here; it must count the "
+            "tokens of the whole record over all ranks, after the shift."
+        )
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+    return f"a {type(value).__name__}"
