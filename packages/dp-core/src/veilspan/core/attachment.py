@@ -1,0 +1,140 @@
+"""The user's model while a private step holds it: patched sites, and the micro-batch in progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veilspan.core.errors import PrivacyError
+from veilspan.core.survey import OwnedModule
+from veilspan.core.taps import MicroBatch, Site
+
+
+class Attachment:
+    """Instance-level patch of a model, undone exactly by `detach`.
+
+    Args:
+        model: The model; names, state dict and classes stay as they are.
+        owned: Trainable parameters by name.
+        modules: Modules to tap, each with a rule; empty when the strategy needs no taps.
+        norm_method: Norm method of a linear map, from (tokens, inputs, outputs).
+        tapped: Name of the tapped strategy of a micro-batch of (records, tokens), or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        owned: dict[str, nn.Parameter],
+        modules: Sequence[OwnedModule],
+        *,
+        norm_method: Callable[[int, int, int], str],
+        tapped: Callable[[int, int], str | None],
+    ) -> None:
+        self.model = model
+        self.owned = owned
+        self.micro_batch: MicroBatch | None = None
+        self._norm_method = norm_method
+        self._tapped = tapped
+        self._active = False
+        self._inference = 0
+        self.sites = [self._patch(module) for module in modules]
+        self._handles = [
+            model.register_forward_pre_hook(self._enter_model, with_kwargs=True),
+            model.register_forward_hook(self._leave_model, always_call=True),
+        ]
+
+    def _patch(self, owned: OwnedModule) -> Site:
+        assert owned.rule is not None
+        site = Site(
+            name=owned.name,
+            module=owned.module,
+            rule=owned.rule,
+            parameters=owned.parameters,
+            micro_batch=self._current,
+            forward=owned.module.forward,
+        )
+        owned.module.forward = site  # pyright: ignore[reportAttributeAccessIssue]
+        return site
+
+    def detach(self) -> None:
+        """Give the model back exactly as it was."""
+        self.end_micro_batch()
+        for site in self.sites:
+            if site.module.__dict__.get("forward") is site:
+                del site.module.forward
+        for handle in self._handles:
+            handle.remove()
+        self.sites = []
+
+    def activate(self, active: bool) -> None:
+        """Let forward passes count as micro-batches, or stop it."""
+        self._active = active
+        self.end_micro_batch()
+
+    def end_micro_batch(self) -> None:
+        """Forget the taps of the micro-batch in progress."""
+        self.micro_batch = None
+
+    def _enter_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled():
+            self._inference += 1
+            return
+        if self._active:
+            lead = _lead_tensor(args, kwargs)
+            if lead is not None and not (self.micro_batch and self.micro_batch.running):
+                self._begin(lead)
+
+    def _leave_model(self, *_: Any) -> None:
+        if not torch.is_grad_enabled():
+            self._inference = max(0, self._inference - 1)
+
+    def _current(self, inputs: Tensor) -> MicroBatch | None:
+        """Return the micro-batch that a site's call belongs to; None to pass it through."""
+        if not self._active or self._inference:
+            return None
+        if self.micro_batch is None and torch.is_grad_enabled():
+            self._begin(inputs)  # a submodule was called without the model around it
+        return self.micro_batch
+
+    def _begin(self, lead: Tensor) -> None:
+        size = lead.shape[0] if lead.ndim else 1
+        length = lead.shape[1] if lead.ndim > 1 else 1
+        if self.micro_batch is not None and self.micro_batch.size == size:
+            return  # a second forward pass of the same micro-batch
+        strategy = self._tapped(size, length)
+        if strategy is None:
+            self.micro_batch = None
+            return
+        self.micro_batch = MicroBatch(
+            size=size,
+            strategy=strategy,
+            owned={id(p): p for p in self.owned.values()},
+            norm_method=self._norm_method,
+        )
+
+    def require_owned_gradients_only(self) -> None:
+        """Refuse gradients that reached a parameter around its taps.
+
+        Raises:
+            PrivacyError: If a parameter was used outside of its module's forward.
+        """
+        stray = [name for name, p in self.owned.items() if p.grad is not None]
+        if stray:
+            for parameter in self.owned.values():
+                parameter.grad = None
+            raise PrivacyError(
+                f"Parameter '{stray[0]}' received a gradient from outside of its module's forward "
+                "(functional use such as F.linear(h, emb.weight)), so no per-sample norm covers "
+                "it. Call the owning module instead, or use backward='single_sample'."
+            )
+
+
+def _lead_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the tensor whose dimension 0 is the records: the ids, or the first tensor given."""
+    for name in ("input_ids", "inputs_embeds"):
+        if torch.is_tensor(kwargs.get(name)):
+            return kwargs[name]
+    return next((v for v in (*args, *kwargs.values()) if torch.is_tensor(v)), None)

@@ -1,0 +1,134 @@
+"""Per-sample arithmetic of a linear map in blocked PyTorch: the default `NormKernel`.
+
+Shape letters: B samples, T tokens, I and O input and output features. Every squared norm is
+computed in fp32 or wider and added in fp64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GRAM_CANCELLATION = 1e-5
+"""Below this fraction of (Σ‖a‖‖g‖)² the Gram form has no correct digits left to trust."""
+
+_CHAIN = 1024  # fp32 sums of squares stay this short; longer chains lose digits of the norm
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which sums over `dtype` values are formed: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sq_norm(values: Tensor) -> Tensor:
+    """Return Σ values² as an fp64 scalar, from fp32 chains short enough to keep 6 digits."""
+    flat = values.reshape(-1)
+    whole = flat.numel() // _CHAIN * _CHAIN
+    parts = [flat[:whole].view(-1, _CHAIN), flat[whole:].view(1, -1)]
+    return sum(
+        (_row_norms(part).square().sum() for part in parts if part.numel()),
+        start=flat.new_zeros((), dtype=torch.float64),
+    )
+
+
+def sq_norm_B(values_Bx: Tensor) -> Tensor:
+    """Return Σ values² of each sample, `[B]` fp64; `values_Bx` is `[B, …]`."""
+    return torch.stack([sq_norm(value) for value in values_Bx.unbind(0)])
+
+
+def rounding_guard(length: int, dtype: torch.dtype) -> float:
+    """Return r such that r·Σ‖a_t‖‖g_t‖ bounds the rounding of a sum of `length` outer products.
+
+    Eight standard deviations of the random-walk model of rounding (Higham and Mary, 2019) for the
+    dtype in which the sum is formed.
+    """
+    return 8.0 * math.sqrt(length) * torch.finfo(compute_dtype(dtype)).eps / 2
+
+
+def _row_norms(rows: Tensor) -> Tensor:
+    """Return the L2 norm of each row, fp64, formed in fp32 or wider."""
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=compute_dtype(rows.dtype)).double()
+
+
+def magnitude_B(act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
+    """Return Σ_t ‖a_t‖‖g_t‖ per sample, `[B]` fp64: what the norm would be without cancellation."""
+    return (_row_norms(act_BTI) * _row_norms(grad_BTO)).sum(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockedKernel:
+    """Norms and clipped sums whose scratch memory is bounded by a budget.
+
+    Args:
+        block_elements: Most elements that any scratch tensor of a norm may hold.
+
+    Guarantee:
+        A squared norm is never below that of the exact gradient by more than the documented slack:
+        each one carries a guard for the rounding of sums that cancel, and the Gram form falls back
+        to the direct form where cancellation hides the norm.
+    """
+
+    block_elements: int = 1 << 22
+
+    def sq_norm_direct(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
+        """Return ‖GᵀA‖² per sample, `[B]` fp64, in blocks of output rows."""
+        guard_B = rounding_guard(act_BTI.shape[1], act_BTI.dtype) * magnitude_B(act_BTI, grad_BTO)
+        return self._direct(act_BTI, grad_BTO) + guard_B.square()
+
+    def sq_norm_gram(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
+        """Return ⟨AAᵀ, GGᵀ⟩ per sample, `[B]` fp64, over half of the token-by-token tiles.
+
+        Source: Goodfellow (2015), https://arxiv.org/abs/1510.01799; Li et al. (2022),
+        https://arxiv.org/abs/2110.05679.
+        """
+        size_B = magnitude_B(act_BTI, grad_BTO)
+        sq_B = self._gram(act_BTI, grad_BTO)
+        hidden_B = sq_B < GRAM_CANCELLATION * size_B.square()
+        if bool(hidden_B.any()):
+            sq_B = sq_B.clone()
+            sq_B[hidden_B] = self._direct(act_BTI[hidden_B], grad_BTO[hidden_B])
+        guard_B = rounding_guard(act_BTI.shape[1], act_BTI.dtype) * size_B
+        return sq_B + guard_B.square()
+
+    def per_sample_grad(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
+        """Return GᵀA per sample, `[B, O, I]`, in the dtype of `grad_BTO`."""
+        return torch.bmm(grad_BTO.mT, act_BTI.to(grad_BTO.dtype))
+
+    def weighted_grad(self, act_BTI: Tensor, grad_BTO: Tensor, factor_B: Tensor) -> Tensor:
+        """Return Σ_b factor_b · G_bᵀA_b, `[O, I]` fp32 or fp64.
+
+        The factor meets the accumulated product, never the operands, and each sample is rounded on
+        its own: no other sample changes the bits that it adds.
+        """
+        dtype = compute_dtype(grad_BTO.dtype)
+        total = grad_BTO.new_zeros((grad_BTO.shape[2], act_BTI.shape[2]), dtype=dtype)
+        for act_TI, grad_TO, factor in zip(act_BTI, grad_BTO, factor_B.tolist(), strict=True):
+            if factor != 0.0:
+                total.add_(grad_TO.mT.to(dtype) @ act_TI.to(dtype), alpha=factor)
+        return total
+
+    def _direct(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
+        dtype = compute_dtype(grad_BTO.dtype)
+        batch, _, width = act_BTI.shape
+        rows = max(1, self.block_elements // max(1, batch * width))
+        sq_B = grad_BTO.new_zeros(batch, dtype=torch.float64)
+        act_BTI = act_BTI.to(dtype)
+        for block_BTo in grad_BTO.split(rows, dim=2):
+            sq_B += _row_norms(torch.bmm(block_BTo.mT.to(dtype), act_BTI)).square().sum(1)
+        return sq_B
+
+    def _gram(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
+        dtype = compute_dtype(grad_BTO.dtype)
+        batch = act_BTI.shape[0]
+        side = max(1, min(256, math.isqrt(self.block_elements // max(1, batch))))
+        acts = [block.to(dtype) for block in act_BTI.split(side, dim=1)]
+        grads = [block.to(dtype) for block in grad_BTO.split(side, dim=1)]
+        sq_B = grad_BTO.new_zeros(batch, dtype=torch.float64)
+        for i, (act_i, grad_i) in enumerate(zip(acts, grads, strict=True)):
+            for j in range(i + 1):
+                tile = torch.bmm(act_i, acts[j].mT) * torch.bmm(grad_i, grads[j].mT)
+                sq_B += (1.0 if i == j else 2.0) * tile.sum((1, 2), dtype=torch.float64)
+        return sq_B

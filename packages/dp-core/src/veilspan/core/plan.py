@@ -1,0 +1,155 @@
+"""Which strategy and norm method run, decided per shape of micro-batch, with the reasons."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from veilspan.core.backward import STRATEGIES
+from veilspan.core.cost import Choice, DeviceRates, cheaper_norm, choose_backward
+from veilspan.core.errors import UnsupportedModelError
+from veilspan.core.rules.linear import LinearRule
+from veilspan.core.survey import OwnedModule
+
+_log = logging.getLogger("veilspan.core")
+
+NORM_METHODS = ("direct", "gram")
+
+
+@dataclass(kw_only=True)
+class StrategyPlan:
+    """Choices for a model: fixed by the user, or made per shape by the cost model.
+
+    Args:
+        backward: `auto` or the name of a strategy.
+        norms: `auto`, `direct` or `gram`.
+        modules: Modules that own trainable parameters, with their rules.
+        degree: Ranks that hold one sequence together.
+        rates: The device, as the cost model sees it.
+    """
+
+    backward: str
+    norms: str
+    modules: Sequence[OwnedModule]
+    degree: int
+    rates: DeviceRates
+    chosen: dict[tuple[int, int], Choice] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        allowed = ("auto", *STRATEGIES)
+        if self.backward not in allowed:
+            raise ValueError(f"backward is {self.backward!r}; it must be one of {allowed}.")
+        if self.norms not in ("auto", *NORM_METHODS):
+            allowed = ("auto", *NORM_METHODS)
+            raise ValueError(f"norms is {self.norms!r}; it must be one of {allowed}.")
+        if self.backward != "auto" and STRATEGIES[self.backward].tapped:
+            self._require_taps()
+
+    @property
+    def may_tap(self) -> bool:
+        """Whether any shape of micro-batch may go through taps."""
+        if self.backward == "auto":
+            return self._obstacle() is None
+        return STRATEGIES[self.backward].tapped
+
+    def tapped(self, size: int, length: int) -> str | None:
+        """Return the tapped strategy for `size` records of `length` tokens; None for no taps.
+
+        Decided at the first sight of a shape.
+        """
+        key = (size, length)
+        if key not in self.chosen:
+            self.chosen[key] = self._decide(size, length)
+            choice = self.chosen[key]
+            _log.info("%d x %d tokens: %s, %s", size, length, choice.name, choice.reason)
+        name = self.chosen[key].name
+        return name if STRATEGIES[name].tapped else None
+
+    def norm_method(self, length: int, inputs: int, outputs: int) -> str:
+        """Return `direct` or `gram` for one linear map; the cheaper by the cost model on auto."""
+        if self.norms != "auto":
+            return self.norms
+        return cheaper_norm((length, inputs, outputs), self.rates)
+
+    def table(self, lengths: dict[str, int]) -> str:
+        """Return the choices as text: strategies per shape, then a line per module.
+
+        Args:
+            lengths: Tokens of the last input of each tapped module, by module name.
+        """
+        lines = [
+            f"micro-batch of {size} x {length} tokens: {choice.name} ({choice.reason})"
+            for (size, length), choice in self.chosen.items()
+        ] or [f"backward: {self.backward}; decided at the first micro-batch"]
+        width = max(len(m.name) for m in self.modules)
+        for module in self.modules:
+            lines.append(f"  {module.name:<{width}}  {self._path(module, lengths)}")
+        return "\n".join(lines)
+
+    def _path(self, module: OwnedModule, lengths: dict[str, int]) -> str:
+        kind = module.rule.name if module.rule else f"{type(module.module).__name__} (no rule)"
+        numel = sum(p.numel() for p in module.parameters.values())
+        text = f"{kind:<20} {numel:>12,} elements"
+        strategies = {choice.name for choice in self.chosen.values()}
+        if "two_pass" in strategies and isinstance(module.rule, LinearRule):
+            weight: torch.Tensor = module.module.weight  # pyright: ignore[reportAssignmentType]
+            length = lengths.get(module.name, 0)
+            text += f"  norm {self.norm_method(length, weight.shape[1], weight.shape[0])}"
+        return text
+
+    def _decide(self, size: int, length: int) -> Choice:
+        if self.backward != "auto":
+            return Choice(name=self.backward, reason="chosen by the caller")
+        obstacle = self._obstacle()
+        if obstacle is not None:
+            return Choice(name="single_sample", reason=obstacle)
+        parameters = {id(p): p.numel() for m in self.modules for p in m.parameters.values()}
+        return choose_backward(size, length, sum(parameters.values()), self.rates)
+
+    def _obstacle(self) -> str | None:
+        """Return why taps cannot be used on this model, or None."""
+        if self.degree > 1:
+            return f"{self.degree} ranks share each sequence"
+        bare = next((m for m in self.modules if m.rule is None), None)
+        if bare is not None:
+            return f"no rule gives per-sample gradients of '{bare.name}'"
+        return None
+
+    def _require_taps(self) -> None:
+        """Refuse a tapped strategy on a model that has an untappable module.
+
+        Raises:
+            UnsupportedModelError: Naming the module, the rule that is missing, and one way out.
+        """
+        if self.degree > 1:
+            raise UnsupportedModelError(
+                f"backward={self.backward!r} needs whole sequences on each rank, but "
+                f"{self.degree} ranks share each sequence. Use backward='single_sample'."
+            )
+        for owned in self.modules:
+            if owned.rule is None:
+                known = "Linear, Embedding, Conv1D or an elementwise-affine norm"
+                raise UnsupportedModelError(
+                    f"Module '{owned.name}' ({type(owned.module).__name__}) owns trainable "
+                    f"{sorted(owned.parameters)} but computes none of {known}, so "
+                    f"backward={self.backward!r} cannot form its per-sample gradient. Freeze it, "
+                    "or use backward='single_sample' with micro-batches of one record."
+                )
+
+
+def plan_for(
+    model: nn.Module, modules: Sequence[OwnedModule], *, backward: str, norms: str, degree: int
+) -> StrategyPlan:
+    """Return the plan of `model` on the device that holds its parameters."""
+    device = next(model.parameters()).device
+    return StrategyPlan(
+        backward=backward,
+        norms=norms,
+        modules=modules,
+        degree=degree,
+        rates=DeviceRates.of(device),
+    )

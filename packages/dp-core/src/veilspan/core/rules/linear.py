@@ -1,0 +1,64 @@
+"""Linear maps: `y = x Wᵀ + b` of torch and `y = x W + b` of Hugging Face's Conv1D."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from veilspan.core.contributions import Contribution, OuterProducts, RowSums
+from veilspan.core.protocols import NormKernel
+from veilspan.core.rules.probe import agrees, own_parameters, probe_input
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearRule:
+    """Rule of a module that computes `x Wᵀ + b`, or `x W + b` when `transposed`."""
+
+    kernel: NormKernel
+    transposed: bool = False
+
+    @property
+    def name(self) -> str:
+        """Family name."""
+        return "linear (transposed)" if self.transposed else "linear"
+
+    def saved_input(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """Keep the input in the dtype of the product, which autocast may have lowered."""
+        return inputs.to(output.dtype)
+
+    def input_grad(self, module: nn.Module, inputs: Tensor, grad_output: Tensor) -> Tensor:
+        """Return `g W`, or `g Wᵀ` when transposed."""
+        weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
+        weight = weight.to(grad_output.dtype)
+        return grad_output @ (weight.mT if self.transposed else weight)
+
+    def contributions(
+        self, module: nn.Module, inputs: Tensor, grad_output: Tensor
+    ) -> Mapping[str, Contribution]:
+        """Return the outer products of the weight and the row sums of the bias."""
+        act_BTI = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
+        grad_BTO = grad_output.reshape(grad_output.shape[0], -1, grad_output.shape[-1])
+        pair = (grad_BTO, act_BTI) if self.transposed else (act_BTI, grad_BTO)
+        weight = OuterProducts(act_BTI=pair[0], grad_BTO=pair[1], kernel=self.kernel)
+        return {"weight": weight, "bias": RowSums(rows_BTn=grad_BTO)}
+
+
+def linear_rule(module: nn.Module, kernel: NormKernel) -> LinearRule | None:
+    """Return the rule when `module` computes a linear map of its last dimension, else None."""
+    if type(module).forward is nn.Linear.forward:
+        return LinearRule(kernel=kernel)
+    own = own_parameters(module)
+    weight, bias = own.get("weight"), own.get("bias")
+    if weight is None or weight.ndim != 2 or not set(own) <= {"weight", "bias"}:  # noqa: PLR2004
+        return None
+    for transposed in (False, True):
+        matrix = weight if transposed else weight.mT
+        if bias is not None and bias.shape != matrix.shape[1:]:
+            continue
+        inputs = probe_input(weight, matrix.shape[0])
+        expected = inputs @ matrix if bias is None else inputs @ matrix + bias
+        if agrees(module, inputs, expected):
+            return LinearRule(kernel=kernel, transposed=transposed)
+    return None

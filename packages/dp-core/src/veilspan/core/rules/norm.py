@@ -1,0 +1,102 @@
+"""Elementwise-affine norms, recognised by what they compute rather than by class name.
+
+`y = x̂ · (offset + weight) + bias`, where x̂ is whatever the module makes of one row of x when its
+gain is one: LayerNorm, RMSNorm and their Hugging Face relatives, Gemma's `1 + weight`, LayerScale.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from veilspan.core.contributions import Contribution, RowSums
+from veilspan.core.norms import compute_dtype
+from veilspan.core.rules.probe import close, own_parameters, probe_input, run
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormRule:
+    """Rule of an elementwise-affine map after a row-wise normalisation."""
+
+    offset: float
+    name: str = "norm"
+
+    def saved_input(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """Keep the input; x̂ is cheaper to recompute than to store."""
+        return inputs
+
+    def input_grad(self, module: nn.Module, inputs: Tensor, grad_output: Tensor) -> Tensor:
+        """Return the gradient through x̂, by autograd over the module's own arithmetic."""
+        gain = own_parameters(module)["weight"] + self.offset
+        with torch.enable_grad():
+            leaf = inputs.detach().requires_grad_()
+            unit = unit_gain(module, self.offset)(leaf)
+        scaled = (grad_output * gain.to(grad_output.dtype)).to(unit.dtype)
+        return torch.autograd.grad(unit, leaf, scaled)[0]
+
+    def contributions(
+        self, module: nn.Module, inputs: Tensor, grad_output: Tensor
+    ) -> Mapping[str, Contribution]:
+        """Return `Σ g·x̂` for the weight and `Σ g` for the bias."""
+        with torch.no_grad():
+            unit = unit_gain(module, self.offset)(inputs)
+        dtype = compute_dtype(grad_output.dtype)
+        grad_BTn = grad_output.reshape(grad_output.shape[0], -1, grad_output.shape[-1]).to(dtype)
+        weight = RowSums(rows_BTn=grad_BTn * unit.reshape(grad_BTn.shape).to(dtype))
+        return {"weight": weight, "bias": RowSums(rows_BTn=grad_BTn)}
+
+
+def norm_rule(module: nn.Module) -> NormRule | None:
+    """Return the rule when `module` is an elementwise-affine row-wise map, else None."""
+    own = own_parameters(module)
+    weight = own.get("weight")
+    if weight is None or weight.ndim != 1 or not set(own) <= {"weight", "bias"}:
+        return None
+    inputs = probe_input(weight, weight.numel())
+    gain = weight + torch.linspace(0.5, 1.5, weight.numel(), dtype=weight.dtype).to(weight.device)
+    for offset in (0.0, 1.0):
+        if _is_affine(module, inputs, gain, offset):
+            return NormRule(offset=offset)
+    return None
+
+
+def unit_gain(module: nn.Module, offset: float) -> nn.Module:
+    """Return a twin of `module` with its own arithmetic but a gain of one and no shift."""
+    own = own_parameters(module)
+    return _twin(module, {**own, "weight": torch.full_like(own["weight"], 1.0 - offset)}, zero=True)
+
+
+def _is_affine(module: nn.Module, inputs: Tensor, gain: Tensor, offset: float) -> bool:
+    own = own_parameters(module)
+    unit = run(unit_gain(module, offset), inputs)
+    output = run(_twin(module, {**own, "weight": gain}, zero=False), inputs)
+    if unit is None or output is None or unit.shape != inputs.shape:
+        return False
+    expected = unit * (offset + gain) + own.get("bias", torch.zeros_like(gain))
+    moved = inputs.clone()
+    moved[1, 2] += 1.0  # a row-wise map leaves every other row alone
+    again = run(unit_gain(module, offset), moved)
+    if (
+        again is None
+        or not torch.equal(again[0], unit[0])
+        or not torch.equal(again[1, :2], unit[1, :2])
+    ):
+        return False
+    return close(output, expected.to(output.dtype))
+
+
+def _twin(module: nn.Module, parameters: dict[str, Tensor], *, zero: bool) -> nn.Module:
+    twin = copy.copy(module)
+    twin.__dict__ = {k: v for k, v in module.__dict__.items() if k != "forward"}
+    if zero and "bias" in parameters:
+        parameters["bias"] = torch.zeros_like(parameters["bias"])
+    twin._parameters = cast(
+        "dict[str, nn.Parameter | None]",
+        {name: parameters.get(name) for name in module._parameters},
+    )
+    return twin

@@ -1,0 +1,79 @@
+"""What a model holds: its trainable parameters, who owns them, and what must be refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from veilspan.core.errors import UnsupportedModelError
+from veilspan.core.protocols import NormKernel
+from veilspan.core.rules import Rule, find_rule
+
+_WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod|_fsdp_wrapped_module)\.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnedModule:
+    """A module that owns trainable parameters itself, with the rule found for it, if any."""
+
+    name: str
+    module: nn.Module
+    parameters: dict[str, nn.Parameter]
+    rule: Rule | None
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return each trainable parameter once, by a name that wrappers do not change.
+
+    Raises:
+        UnsupportedModelError: If nothing is trainable, or a hook would see a raw gradient.
+    """
+    owned = {_WRAPPERS.sub("", n): p for n, p in model.named_parameters() if p.requires_grad}
+    if not owned:
+        raise UnsupportedModelError(
+            "The model has no trainable parameter (requires_grad=True). Unfreeze what is to be "
+            "trained before PrivateStep is built."
+        )
+    for name, parameter in owned.items():
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise UnsupportedModelError(
+                f"Parameter '{name}' has a post-accumulate-grad hook, which would see its gradient "
+                "before clipping and noise (an optimizer fused into the backward pass, say). "
+                "Remove the hook and step the optimizer after the `with step:` block."
+            )
+    return owned
+
+
+def refuse_cross_sample_layers(model: nn.Module) -> None:
+    """Refuse layers that mix records or keep raw statistics of them.
+
+    Raises:
+        UnsupportedModelError: For BatchNorm in any form and norms that track running statistics.
+    """
+    for name, module in model.named_modules():
+        tracks = isinstance(module, _NormBase) and module.track_running_stats
+        if isinstance(module, _BatchNorm) or tracks:
+            raise UnsupportedModelError(
+                f"Module '{name}' is {type(module).__name__}: it mixes the records of a batch or "
+                "keeps their statistics without noise, so no record's influence is bounded. "
+                "Replace it by LayerNorm, RMSNorm or GroupNorm."
+            )
+
+
+def owned_modules(model: nn.Module, kernel: NormKernel) -> Iterator[OwnedModule]:
+    """Yield every module that owns trainable parameters, with its rule or None."""
+    for name, module in model.named_modules():
+        own = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
+        if own:
+            patched = "forward" in module.__dict__
+            rule = None if patched else find_rule(name, module, kernel)
+            yield OwnedModule(
+                name=_WRAPPERS.sub("", f"{name}.").removesuffix("."),
+                module=module,
+                parameters=own,
+                rule=rule,
+            )

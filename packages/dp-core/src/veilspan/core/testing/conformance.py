@@ -1,0 +1,188 @@
+"""Suites that whoever writes a layer rule, a kernel or a strategy runs against the oracle."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from veilspan.core.clipping import Flat
+from veilspan.core.norms import BlockedKernel
+from veilspan.core.protocols import NormKernel
+from veilspan.core.rules import find_rule
+from veilspan.core.step import PrivateStep
+from veilspan.core.survey import trainable_parameters
+from veilspan.core.testing.oracle import (
+    Batch,
+    ComputeLosses,
+    Oracle,
+    batch_size,
+    flat,
+    take,
+)
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+"""Relative error that a correct implementation stays within, by dtype of the model."""
+
+
+def clipped_sum(
+    model: nn.Module,
+    compute_losses: ComputeLosses,
+    batch: Batch,
+    *,
+    clipping: Flat,
+    size: int,
+    **options: object,
+) -> dict[str, Tensor]:
+    """Return the pre-noise sum that a `PrivateStep` forms of `batch`, by parameter name.
+
+    Args:
+        model: The model; left as it was.
+        compute_losses: Losses `[B]` of a batch.
+        batch: The records.
+        clipping: Groups and rule.
+        size: Records per micro-batch.
+        **options: Further options of `PrivateStep`, such as `backward` and `norms`.
+    """
+    step = PrivateStep(
+        model,
+        clipping=clipping,
+        noise_multiplier=0.0,
+        expected_batch_size=1.0,
+        **options,  # pyright: ignore[reportArgumentType]
+    )
+    try:
+        with step:
+            for start in range(0, batch_size(batch), size):
+                step.backward(compute_losses(model, take(batch, start, start + size)))
+        owned = trainable_parameters(model)
+        return {name: _taken(parameter) for name, parameter in owned.items()}
+    finally:
+        step.detach()
+
+
+def assert_step_matches_oracle(
+    model: nn.Module,
+    compute_losses: ComputeLosses,
+    batch: Batch,
+    *,
+    clipping: Flat,
+    size: int,
+    tolerance: float | None = None,
+    **options: object,
+) -> None:
+    """Assert that a private step's clipped sum equals the per-sample loop's.
+
+    Args:
+        model: The model; left as it was.
+        compute_losses: Losses `[B]` of a batch.
+        batch: The records.
+        clipping: Groups and rule.
+        size: Records per micro-batch.
+        tolerance: Relative error allowed; by default that of the model's dtype.
+        **options: Further options of `PrivateStep`, such as `backward` and `norms`.
+
+    Raises:
+        AssertionError: If the relative L2 error of the sum exceeds the tolerance.
+    """
+    expected = Oracle.of(model, compute_losses, batch, clipping)
+    dtype = next(model.parameters()).dtype
+    limit = TOLERANCE[dtype] if tolerance is None else tolerance
+    got = clipped_sum(model, compute_losses, batch, clipping=clipping, size=size, **options)
+    assert_close(got, expected.clipped_sum, limit)
+
+
+def assert_close(
+    got: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float
+) -> None:
+    """Assert that two sets of gradients agree within a relative L2 error.
+
+    Raises:
+        AssertionError: Naming the parameter that differs most.
+    """
+    assert got.keys() == expected.keys(), f"{got.keys() ^ expected.keys()} on one side only"
+    scale = flat(expected).norm().item() or 1.0
+    error = (flat(got) - flat(expected)).norm().item() / scale
+    worst = max(expected, key=lambda n: (got[n].double() - expected[n].double()).norm().item())
+    assert error <= tolerance, f"relative error {error:.2e} > {tolerance:.0e}; worst at '{worst}'"
+
+
+def assert_rule_matches(
+    module: nn.Module, inputs: Tensor, *, kernel: NormKernel | None = None
+) -> None:
+    """Assert that the rule found for `module` gives exact gradients, norms and weighted sums.
+
+    Args:
+        module: A module with trainable parameters, fp64.
+        inputs: An input whose dimension 0 is the records.
+        kernel: Arithmetic of linear maps.
+
+    Raises:
+        AssertionError: If no rule is found, or any of its answers is off by more than 1e-10.
+    """
+    module = copy.deepcopy(module)
+    kernel = kernel or BlockedKernel()
+    assert find_rule("module", module, kernel) is not None, f"no rule matches {module}"
+    batch = {"inputs": inputs}
+
+    def losses(model: nn.Module, part: Batch) -> Tensor:
+        output = model(part["inputs"])
+        weights = torch.linspace(-1, 1, output[0].numel(), dtype=output.dtype)
+        return (output.flatten(1) * weights).sum(1).sin()
+
+    for backward, norms in (("per_sample", "auto"), ("two_pass", "direct"), ("two_pass", "gram")):
+        for clip_norm in (1e-2, 1e2):
+            assert_step_matches_oracle(
+                module,
+                losses,
+                batch,
+                clipping=Flat(clip_norm=clip_norm),
+                size=len(inputs),
+                backward=backward,
+                norms=norms,
+                kernel=kernel,
+            )
+
+
+def assert_kernel_conforms(kernel: NormKernel, *, dtype: torch.dtype = torch.float64) -> None:
+    """Assert that a kernel's four answers equal the obvious ones over odd shapes.
+
+    Args:
+        kernel: The kernel.
+        dtype: Dtype of the operands.
+
+    Raises:
+        AssertionError: If an answer is off, or a squared norm is below the true one.
+    """
+    limit = 1e-10 if dtype == torch.float64 else 1e-4
+    generator = torch.Generator().manual_seed(0)
+    for batch, length, inputs, outputs in (
+        (1, 1, 1, 1),
+        (2, 37, 5, 7),
+        (3, 65, 130, 33),
+        (0, 4, 3, 2),
+    ):
+        act = torch.randn((batch, length, inputs), generator=generator).to(dtype)
+        grad = torch.randn((batch, length, outputs), generator=generator).to(dtype)
+        factor_B = torch.rand(batch, generator=generator, dtype=torch.float64)
+        exact = torch.einsum("bto,bti->boi", grad.double(), act.double())
+        sq_B = exact.flatten(1).square().sum(1)
+        for name in ("sq_norm_direct", "sq_norm_gram"):
+            found = getattr(kernel, name)(act, grad).double()
+            assert ((found - sq_B).abs() <= limit * sq_B).all(), f"{name} is off: {found} {sq_B}"
+            assert (found >= sq_B * (1 - 2.0**-18)).all(), f"{name} is below the true norm"
+        summed = torch.einsum("b,boi->oi", factor_B, exact)
+        found = kernel.weighted_grad(act, grad, factor_B).double()
+        assert (found - summed).norm() <= limit * summed.norm(), "weighted_grad is off"
+        found = kernel.per_sample_grad(act, grad).double()
+        grain = limit if dtype in (torch.float64, torch.float32) else 1e-2
+        assert (found - exact).norm() <= grain * exact.norm(), "per_sample_grad is off"
+
+
+def _taken(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    taken = parameter.grad.detach().clone()
+    parameter.grad = None
+    return taken

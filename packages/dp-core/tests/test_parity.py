@@ -1,0 +1,336 @@
+"""Every strategy equals the per-sample autograd loop, over families, shapes and dtypes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from veilspan.core import Automatic, Flat, PrivateStep
+from veilspan.core.testing import Oracle, assert_step_matches_oracle
+from veilspan.core.testing.conformance import assert_close, clipped_sum
+
+TAPPED = [("per_sample", "auto"), ("two_pass", "direct"), ("two_pass", "gram")]
+STRATEGIES = [("single_sample", "auto"), *TAPPED]
+FAMILIES = [
+    "llama", "llama-tied", "llama-bias", "qwen2", "qwen3", "mistral",
+    "gemma", "gemma3", "phi", "phi3", "gpt2",
+]  # fmt: skip
+
+
+def middle_norm(model, compute_losses, batch) -> float:
+    """Return a threshold that clips half of the records."""
+    return float(Oracle.of(model, compute_losses, batch, Flat(clip_norm=1.0)).norm_B.median())
+
+
+@pytest.mark.usefixtures("genuine_float64")
+@pytest.mark.parametrize(("backward", "norms"), STRATEGIES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_clipped_sum_of_every_family_equals_the_oracle_in_fp64(
+    family, backward, norms, make_model, make_batch, compute_losses
+):
+    model, batch = make_model(family), make_batch(3, 17)
+    assert_step_matches_oracle(
+        model,
+        compute_losses,
+        batch,
+        clipping=Flat(clip_norm=middle_norm(model, compute_losses, batch)),
+        size=1 if backward == "single_sample" else 3,
+        backward=backward,
+        norms=norms,
+    )
+
+
+@pytest.mark.usefixtures("genuine_float64")
+@pytest.mark.parametrize(("backward", "norms"), STRATEGIES)
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 257])
+@pytest.mark.parametrize("size", [0, 1, 2, 5])
+def test_clipped_sum_of_every_shape_equals_the_oracle_in_fp64(
+    size, length, backward, norms, make_model, make_batch, compute_losses
+):
+    model, batch = make_model("llama-tied", num_hidden_layers=1), make_batch(size, length)
+    assert_step_matches_oracle(
+        model,
+        compute_losses,
+        batch,
+        clipping=Flat(clip_norm=0.5),
+        size=1 if backward == "single_sample" else 5,
+        backward=backward,
+        norms=norms,
+    )
+
+
+@pytest.mark.parametrize(("backward", "norms"), STRATEGIES)
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2"])
+def test_clipped_sum_equals_the_oracle_in_fp32(
+    family, backward, norms, make_model, make_batch, compute_losses
+):
+    model, batch = make_model(family, dtype=torch.float32), make_batch(4, 65)
+    assert_step_matches_oracle(
+        model,
+        compute_losses,
+        batch,
+        clipping=Flat(clip_norm=middle_norm(model, compute_losses, batch)),
+        size=1 if backward == "single_sample" else 2,
+        backward=backward,
+        norms=norms,
+    )
+
+
+@pytest.mark.usefixtures("genuine_float64")
+@pytest.mark.parametrize(("backward", "norms"), STRATEGIES)
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
+def test_pitfall_26_activation_checkpointing_changes_nothing(
+    family, reentrant, backward, norms, make_model, make_batch, compute_losses
+):
+    model, batch = make_model(family), make_batch(3, 17)
+    expected = Oracle.of(model, compute_losses, batch, Flat(clip_norm=0.5))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    got = clipped_sum(
+        model,
+        compute_losses,
+        batch,
+        clipping=Flat(clip_norm=0.5),
+        size=1 if backward == "single_sample" else 3,
+        backward=backward,
+        norms=norms,
+    )
+    assert_close(got, expected.clipped_sum, 1e-10)
+
+
+@pytest.mark.usefixtures("genuine_float64")
+@pytest.mark.parametrize(("backward", "norms"), STRATEGIES)
+def test_parts_frozen_before_attach_stay_out_of_the_norm(
+    backward, norms, make_model, make_batch, compute_losses
+):
+    model, batch = make_model("llama-bias"), make_batch(3, 9)
+    for name, parameter in model.named_parameters():
+        if "embed" in name or "layers.0" in name or name.endswith("q_proj.weight"):
+            parameter.requires_grad_(False)  # the bias of q_proj stays trainable
+    assert_step_matches_oracle(
+        model,
+        compute_losses,
+        batch,
+        clipping=Flat(clip_norm=0.3),
+        size=1 if backward == "single_sample" else 3,
+        backward=backward,
+        norms=norms,
+    )
+
+
+@pytest.mark.parametrize(("backward", "norms"), STRATEGIES)
+def test_peft_lora_adapters_are_clipped_exactly(
+    backward, norms, make_model, make_batch, compute_losses
+):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    model = peft.get_peft_model(make_model("llama", dtype=torch.float32), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zero at the start, which would hide errors of A
+                parameter.normal_()
+    assert_step_matches_oracle(
+        model,
+        compute_losses,
+        make_batch(3, 17),
+        clipping=Flat(clip_norm=0.3),
+        size=1 if backward == "single_sample" else 3,
+        backward=backward,
+        norms=norms,
+    )
+
+
+@pytest.mark.usefixtures("genuine_float64")
+@pytest.mark.parametrize(("backward", "norms"), STRATEGIES)
+@pytest.mark.parametrize("gamma", [0.0, 0.01])
+def test_automatic_clipping_equals_the_oracle(
+    gamma, backward, norms, make_model, make_batch, compute_losses
+):
+    assert_step_matches_oracle(
+        make_model("llama"),
+        compute_losses,
+        make_batch(3, 9),
+        clipping=Flat(clip_norm=1.0, rule=Automatic(gamma=gamma)),
+        size=1 if backward == "single_sample" else 3,
+        backward=backward,
+        norms=norms,
+    )
+
+
+class Loop(nn.Module):
+    """One linear map used three times, by keyword, with a tied read-out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 6)
+        self.mix = nn.Linear(6, 6)
+        self.norm = nn.RMSNorm(6)
+        self.head = nn.Linear(6, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(input=ids)
+        for _ in range(3):
+            hidden = hidden + checkpoint(self.body, hidden, use_reentrant=False)
+        return self.head(input=hidden)
+
+    def body(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.mix(input=self.norm(x=hidden)))
+
+
+def entropies(model, batch):
+    logits = model(batch["ids"])[:, :-1]
+    target = batch["ids"][:, 1:]
+    return nn.functional.cross_entropy(logits.mT, target, reduction="none").sum(1)
+
+
+@pytest.mark.parametrize(("backward", "norms"), STRATEGIES)
+def test_pitfall_25_modules_used_several_times_by_keyword_are_exact(backward, norms):
+    torch.manual_seed(0)
+    assert_step_matches_oracle(
+        Loop().double(),
+        entropies,
+        {"ids": torch.randint(0, 7, (3, 9))},
+        clipping=Flat(clip_norm=2.0),
+        size=1 if backward == "single_sample" else 3,
+        backward=backward,
+        norms=norms,
+    )
+
+
+@pytest.mark.parametrize(("backward", "norms"), STRATEGIES)
+def test_pitfall_09_correlated_uses_of_a_tied_weight_are_added_before_the_norm(backward, norms):
+    torch.manual_seed(0)
+    model = Loop().double()
+    with torch.no_grad():  # uses that point the same way: adding norms would be far too small
+        model.embed.weight.copy_(torch.ones(7, 6) + 0.01 * torch.randn(7, 6))
+    batch = {"ids": torch.full((2, 9), 3)}
+    oracle = Oracle.of(model, entropies, batch, Flat(clip_norm=0.1))
+    got = clipped_sum(
+        model,
+        entropies,
+        batch,
+        clipping=Flat(clip_norm=0.1),
+        size=1 if backward == "single_sample" else 2,
+        backward=backward,
+        norms=norms,
+    )
+    assert_close(got, oracle.clipped_sum, 1e-10)
+
+
+@pytest.mark.parametrize("backward", ["per_sample", "two_pass"])
+def test_pitfall_10_a_branch_that_is_skipped_leaves_no_stale_norm(backward):
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(3, 1), nn.Linear(3, 1)
+            self.use_right = True
+
+        def forward(self, x):
+            return self.right(x) if self.use_right else self.left(x)
+
+    torch.manual_seed(0)
+    model = Branch().double()
+    batch = {"x": torch.randn(4, 3, dtype=torch.float64)}
+
+    def losses(m, b):
+        return m(b["x"]).square().sum(1)
+
+    step = PrivateStep(
+        model,
+        clipping=Flat(clip_norm=0.1),
+        noise_multiplier=0,
+        expected_batch_size=1,
+        backward=backward,
+    )
+    for use_right in (True, False, True):
+        model.use_right = use_right
+        with step:
+            step.backward(losses(model, batch))
+        got = {n: p.grad.clone() for n, p in model.named_parameters()}
+        model.zero_grad()
+        expected = Oracle.of(model, losses, batch, Flat(clip_norm=0.1))
+        assert_close(got, expected.clipped_sum, 1e-10)
+
+
+@pytest.mark.parametrize(("backward", "norms"), TAPPED)
+def test_pitfall_24_positions_broadcast_over_the_batch_are_counted_per_record(backward, norms):
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.places = nn.Embedding(7, 6), nn.Embedding(9, 6)
+            self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 7)
+
+        def forward(self, ids):
+            places = torch.arange(ids.shape[1])[None]
+            return self.head(self.norm(self.tokens(ids) + self.places(places)))
+
+    torch.manual_seed(0)
+    assert_step_matches_oracle(
+        Positions().double(),
+        entropies,
+        {"ids": torch.randint(0, 7, (4, 9))},
+        clipping=Flat(clip_norm=1.0),
+        size=4,
+        backward=backward,
+        norms=norms,
+    )
+
+
+@pytest.mark.parametrize(("backward", "norms"), STRATEGIES)
+def test_infinite_clip_norm_without_noise_is_ordinary_training(
+    backward, norms, make_model, make_batch, compute_losses
+):
+    private, plain = make_model("llama"), make_model("llama")
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (private, plain)]
+    step = PrivateStep(
+        private,
+        clipping=Flat(clip_norm=float("inf")),
+        noise_multiplier=0,
+        expected_batch_size=4,
+        backward=backward,
+        norms=norms,
+    )
+    for seed in range(3):
+        batch = make_batch(4, 17, seed=seed)
+        size = 1 if backward == "single_sample" else 2
+        with step:
+            for start in range(0, 4, size):
+                part = {k: v[start : start + size] for k, v in batch.items()}
+                step.backward(compute_losses(private, part))
+        compute_losses(plain, batch).mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    step.detach()
+    for ours, theirs in zip(private.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [[32], [8, 8, 8, 8], [1] * 32, [0, 5, 27]])
+@pytest.mark.parametrize("backward", ["per_sample", "two_pass"])
+def test_pitfall_16_any_division_into_micro_batches_gives_the_same_sum(
+    sizes, backward, make_model, make_batch, compute_losses
+):
+    model, batch = make_model("llama-tied", num_hidden_layers=1), make_batch(32, 5)
+    expected = Oracle.of(model, compute_losses, batch, Flat(clip_norm=0.5))
+    releases = []
+    step = PrivateStep(
+        model,
+        clipping=Flat(clip_norm=0.5),
+        noise_multiplier=0,
+        expected_batch_size=1,
+        backward=backward,
+        on_release=releases.append,
+    )
+    with step:
+        start = 0
+        for size in sizes:
+            part = {k: v[start : start + size] for k, v in batch.items()}
+            step.backward(compute_losses(model, part))
+            start += size
+    step.detach()
+    assert len(releases) == 1
+    got = {n: p.grad for n, p in model.named_parameters()}
+    assert_close(got, expected.clipped_sum, 1e-6)
