@@ -1,0 +1,46 @@
+"""Loss on records that the recipe declares public."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from veilspan.trainer.data import Records, collate
+from veilspan.trainer.data.collate import IGNORE_INDEX
+from veilspan.trainer.processes import Processes
+from veilspan.trainer.sequences import SequenceLosses
+
+
+@torch.no_grad()
+def heldout_loss(
+    model: nn.Module,
+    records: Records,
+    losses: SequenceLosses,
+    processes: Processes,
+    *,
+    microbatch_size: int = 1,
+) -> float:
+    """Return the mean loss per token over all records, in nats; every process must call this.
+
+    Copies of the model share the records out; processes that split sequences work on the same ones.
+
+    Args:
+        model: The model, in any mode; it is put back into that mode.
+        records: Public records, at least one token to predict among them.
+        losses: How a loss is computed.
+        processes: Who takes part.
+        microbatch_size: Records per forward pass.
+    """
+    training = model.training
+    model.eval()
+    replica, replicas = processes.replicas
+    mine = range(replica, len(records), replicas)
+    totals = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of predicted tokens
+    with losses.sharing():
+        for start in range(0, len(mine), microbatch_size):
+            batch = collate(records, mine[start : start + microbatch_size])
+            totals[0] += losses.losses_B(model, batch, reduction="sum").double().sum().cpu()
+            totals[1] += (batch.labels[:, 1:] != IGNORE_INDEX).sum() / processes.context[1]
+    model.train(training)
+    loss, tokens = processes.sum(totals).tolist()
+    return loss / tokens

@@ -1,0 +1,75 @@
+"""From units to one loss per unit, whether a sequence is whole or split over processes."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+from torch import Tensor, nn
+
+from veilspan.core.losses import causal_lm_losses
+from veilspan.trainer.data import Batch
+from veilspan.trainer.processes import Processes
+from veilspan.trainer.recipe import Recipe
+
+
+class SequenceLosses:
+    """Next-token losses of a batch, or this process's share of them.
+
+    Args:
+        recipe: Says how long sequences are and how they are split.
+        processes: Who holds the other parts.
+    """
+
+    def __init__(self, recipe: Recipe, processes: Processes) -> None:
+        self._processes = processes
+        self._attention = recipe.parallel.attention
+        self._layout = None
+        if processes.context[1] > 1:
+            from veilspan.parallel import Layout
+
+            self._layout = Layout(
+                length=recipe.data.sequence_length,
+                ranks=processes.context[1],
+                kind=recipe.parallel.layout,
+            )
+
+    def sharing(self) -> AbstractContextManager[object]:
+        """Return a context that must enclose every forward pass together with its backward."""
+        if self._layout is None or self._processes.mesh is None:
+            return nullcontext()
+        from veilspan.parallel import context_parallel
+
+        return context_parallel(self._processes.mesh, self._layout, attention=self._attention)
+
+    def losses_B(
+        self, model: nn.Module, batch: Batch, *, reduction: Literal["mean", "sum"] = "mean"
+    ) -> Tensor:
+        """Return one loss per unit, `[B]` fp32; with split sequences, this process's share.
+
+        Shares of one unit add up to its loss over the processes that hold it, so no collective is
+        needed: gradients are summed where parameters are shared anyway.
+
+        Args:
+            model: Hugging Face causal language model.
+            batch: Whole sequences, `[B, T]`; every process passes the same ones.
+            reduction: Over the tokens of each unit.
+        """
+        device = self._processes.device
+        ids, labels = batch.input_ids.to(device), batch.labels.to(device)
+        if self._layout is None:
+            logits = model(input_ids=ids, use_cache=False).logits
+            return causal_lm_losses(logits, labels, reduction=reduction)
+        from veilspan.parallel import shard_batch
+
+        part = shard_batch(ids, labels, self._layout, self._processes.context[0])
+        logits = model(
+            input_ids=part.input_ids, position_ids=part.position_ids, use_cache=False
+        ).logits
+        return causal_lm_losses(
+            logits,
+            part.labels,
+            reduction=reduction,
+            shifted=True,
+            num_tokens_B=part.num_tokens_B if reduction == "mean" else None,
+        )
