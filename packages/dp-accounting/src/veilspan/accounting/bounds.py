@@ -1,0 +1,70 @@
+"""What an accountant answers: ε as a lower bound, an estimate, an upper bound."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from decimal import ROUND_CEILING, Decimal
+from typing import Any, Literal
+
+Direction = Literal["remove", "add", "both"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpsilonBounds:
+    """Bounds on the smallest ε for which the mechanism is (ε, δ)-differentially private.
+
+    Only `upper` may be reported: it holds for adding and for removing a record.
+
+    Args:
+        lower: The true ε is at least this.
+        estimate: A number between the two bounds, for plots and comparisons.
+        upper: The true ε is at most this; infinity where nothing is guaranteed.
+        delta: The δ that the three numbers belong to.
+        direction: Which change of the data set decided `upper`; "both" where they are equal.
+        method: The engine that answered.
+
+    Raises:
+        ValueError: If the three numbers are not ordered.
+
+    Guarantee:
+        Whoever builds one promises `lower ≤ ε ≤ upper` for the exact ε of the mechanism under
+        add/remove adjacency, rounding of the last digits of a double included.
+    """
+
+    lower: float
+    estimate: float
+    upper: float
+    delta: float
+    direction: Direction
+    method: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lower <= self.estimate <= self.upper:
+            raise ValueError(
+                f"Bounds on ε are not ordered: lower {self.lower}, estimate {self.estimate}, "
+                f"upper {self.upper}; they must satisfy 0 ≤ lower ≤ estimate ≤ upper."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dictionary of plain numbers and text."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"ε ≤ {round_up(self.upper)} at δ = {self.delta:g}"
+
+
+def round_up(value: float, digits: int = 4) -> str:
+    """Write a non-negative number with `digits` significant digits, rounded up, never down.
+
+    Example:
+        >>> round_up(7.99901), round_up(0.0123411), round_up(float("inf"))
+        ('8.000', '0.01235', 'infinity')
+    """
+    if math.isinf(value):
+        return "infinity"
+    if value == 0:
+        return "0"
+    exact = Decimal(value)
+    step = Decimal(1).scaleb(exact.adjusted() - digits + 1)
+    return f"{exact.quantize(step, rounding=ROUND_CEILING):f}"

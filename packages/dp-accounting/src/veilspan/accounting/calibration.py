@@ -1,0 +1,137 @@
+"""The smallest noise multiplier whose certified ε stays within a target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from scipy.optimize import brentq
+
+from veilspan.accounting.engines import CertifiedEngine, Engine, PldEngine
+from veilspan.accounting.mechanism import (
+    SampledGaussian,
+    check_count,
+    check_delta,
+    check_number,
+    check_probability,
+)
+
+_SMALLEST, _LARGEST = 0.02, 1e6
+_PRECISION = 1e-4  # relative step of the noise multiplier in which the root is refined
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseBracket:
+    """A noise multiplier that keeps the target and one just below it that does not.
+
+    Args:
+        noise_multiplier: Certified: its upper bound on ε is at most the target.
+        too_small: Its upper bound on ε is above the target.
+        epsilon: Upper bound on ε at `noise_multiplier`.
+    """
+
+    noise_multiplier: float
+    too_small: float
+    epsilon: float
+
+
+def calibrate_noise(
+    *,
+    target_epsilon: float,
+    delta: float,
+    sampling_probability: float,
+    steps: int,
+    engine: Engine | None = None,
+) -> NoiseBracket:
+    """Find the smallest noise multiplier that is certified to keep `target_epsilon`.
+
+    Args:
+        target_epsilon: The ε that must not be exceeded; above 0.
+        delta: The δ at which ε is meant; in (0, 1).
+        sampling_probability: Chance of each record to be in a step's sample; in [0, 1].
+        steps: Number of releases.
+        engine: Who bounds ε; the certified engine unless given.
+
+    Returns:
+        A bracket whose ends are within 0.05 % of each other.
+
+    Raises:
+        ValueError: If an argument is out of range or no noise multiplier in [0.02, 10⁶] fits.
+
+    Guarantee:
+        The engine's upper bound on ε at the returned noise multiplier is at most `target_epsilon`.
+    """
+    _check(target_epsilon, delta, sampling_probability, steps)
+    if sampling_probability == 0 or steps == 0:
+        return NoiseBracket(noise_multiplier=0.0, too_small=0.0, epsilon=0.0)
+    if engine is None:
+        engine = CertifiedEngine(pld=PldEngine(one_sided=True))
+
+    @cache
+    def epsilon(sigma: float) -> float:
+        mechanism = SampledGaussian(
+            noise_multiplier=sigma, sampling_probability=sampling_probability, steps=steps
+        )
+        return engine.epsilon(mechanism, delta).upper
+
+    low, high = _enclose(epsilon, target_epsilon)
+    return _narrow(epsilon, target_epsilon, low, high)
+
+
+def _enclose(epsilon: Callable[[float], float], target: float) -> tuple[float, float]:
+    """Return noise multipliers of which the first is too small and the second large enough."""
+    high = 1.0
+    while epsilon(high) > target:
+        high *= 2
+        if high > _LARGEST:
+            raise ValueError(
+                f"target_epsilon={target} needs a noise multiplier above {_LARGEST:g}, which "
+                "leaves no signal. Raise target_epsilon, or lower steps or sampling_probability."
+            )
+    low = high / 2
+    while epsilon(low) <= target:
+        low, high = low / 2, low
+        if low < _SMALLEST:
+            raise ValueError(
+                f"target_epsilon={target} is kept even by a noise multiplier of {high:.3g}: delta "
+                "is so large that it covers whatever is released, or the target protects nothing. "
+                "Lower delta or target_epsilon, or set noise_multiplier yourself."
+            )
+    return low, high
+
+
+def _narrow(
+    epsilon: Callable[[float], float], target: float, low: float, high: float
+) -> NoiseBracket:
+    """Shrink the bracket by Brent's method, then make sure of both of its ends."""
+
+    def miss(log_sigma: float) -> float:
+        # The added constant gives an ε of 0, which much noise can reach, a finite logarithm.
+        return math.log((epsilon(math.exp(log_sigma)) + 1e-12) / target)
+
+    ends = math.log(low), math.log(high)
+    log_root: Any = brentq(miss, *ends, xtol=_PRECISION, rtol=1e-12)
+    root = math.exp(log_root)
+    enough = root
+    while epsilon(enough) > target:
+        enough *= 1 + _PRECISION
+    too_small = root
+    while epsilon(too_small) <= target:
+        enough = min(enough, too_small)
+        too_small /= 1 + _PRECISION
+    return NoiseBracket(noise_multiplier=enough, too_small=too_small, epsilon=epsilon(enough))
+
+
+def _check(target_epsilon: float, delta: float, sampling_probability: float, steps: int) -> None:
+    check_number("target_epsilon", target_epsilon)
+    if not 0 < target_epsilon < math.inf:
+        raise ValueError(
+            f"target_epsilon is {target_epsilon}; it must be above 0 and finite. No amount of "
+            "noise reaches 0; for training without privacy set noise_multiplier=0 instead."
+        )
+    check_delta(delta)
+    check_probability("sampling_probability", sampling_probability)
+    check_count("steps", steps)

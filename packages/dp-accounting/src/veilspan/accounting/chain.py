@@ -1,0 +1,174 @@
+"""The ledger's lines: hash-chained JSON, read so that damage never lowers the count."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from veilspan.accounting.plan import PrivacyPlan
+
+SCHEMA = "veilspan.accounting.ledger/1"
+
+
+class LedgerError(RuntimeError):
+    """The ledger is damaged, belongs to another run, or could not be written.
+
+    Training must stop: a release that is not in the ledger would be spent without being counted.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerEntry:
+    """One spent release.
+
+    Args:
+        step: Step of the training run; `None` for a torn line.
+        attempt: Which attempt at the step, from 0; `None` for a torn line.
+        time: When it was recorded, UTC, ISO 8601; `None` for a torn line.
+    """
+
+    step: int | None
+    attempt: int | None
+    time: str | None
+
+    @property
+    def torn(self) -> bool:
+        """Return whether the line broke off; it counts as spent, as nobody knows better."""
+        return self.step is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """First line of a ledger: whose releases it counts."""
+
+    run_id: str
+    plan: PrivacyPlan
+    budget_epsilon: float | None
+    created: str
+
+    def to_line(self) -> bytes:
+        """Return the header as a line of the file."""
+        return _line(
+            {
+                "schema": SCHEMA,
+                "run_id": self.run_id,
+                "plan": self.plan.to_dict(),
+                "plan_digest": self.plan.digest,
+                "budget_epsilon": self.budget_epsilon,
+                "created": self.created,
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a ledger file holds; `tail` is the digest the next line must carry."""
+
+    header: Header
+    entries: tuple[LedgerEntry, ...]
+    tail: str
+    ends_torn: bool
+
+
+def entry_line(entry: LedgerEntry, number: int, previous: str) -> bytes:
+    """Return an entry as a line of the file; `number` counts releases from 1."""
+    return _line(
+        {
+            "number": number,
+            "step": entry.step,
+            "attempt": entry.attempt,
+            "time": entry.time,
+            "previous": previous,
+        }
+    )
+
+
+def digest(line: bytes) -> str:
+    """Return the SHA-256 of a line without its line end."""
+    return hashlib.sha256(line.rstrip(b"\n")).hexdigest()
+
+
+def read(raw: bytes, name: str) -> Contents:
+    """Read a ledger file's bytes and check every link of the chain.
+
+    Args:
+        raw: The whole file.
+        name: What to call the file in messages.
+
+    Raises:
+        LedgerError: If the header is missing or damaged, or a link of the chain does not fit.
+
+    Guarantee:
+        Every line after the header counts as one release, also one that cannot be read. A line that
+        was changed, removed or inserted before the last is refused. What the chain cannot show, a
+        removed end, is caught by `Ledger.require_at_least`.
+    """
+    lines = raw.split(b"\n")
+    ends_torn = lines[-1] != b""
+    if not ends_torn:
+        lines.pop()
+    if not lines or (len(lines) == 1 and ends_torn):
+        raise LedgerError(
+            f"{name} has no complete header: its creation was interrupted, so nothing was ever "
+            "recorded or released under it. Delete it and create it again."
+        )
+    header = _read_header(lines[0], name)
+    previous, entries = digest(lines[0]), []
+    for number, line in enumerate(lines[1:], start=1):
+        entries.append(_read_entry(line, number, previous, name))
+        previous = digest(line)
+    return Contents(header=header, entries=tuple(entries), tail=previous, ends_torn=ends_torn)
+
+
+def _read_header(line: bytes, name: str) -> Header:
+    fields = _parse(line)
+    if fields is None or fields.get("schema") != SCHEMA:
+        found = None if fields is None else fields.get("schema")
+        raise LedgerError(
+            f"{name} is not a ledger this version reads: its first line has schema {found!r}, "
+            f"expected {SCHEMA!r}."
+        )
+    try:
+        plan = PrivacyPlan.from_dict(fields["plan"])
+        header = Header(
+            run_id=fields["run_id"],
+            plan=plan,
+            budget_epsilon=fields["budget_epsilon"],
+            created=fields["created"],
+        )
+    except (KeyError, ValueError) as error:
+        raise LedgerError(f"{name} has a damaged header: {error}.") from error
+    if fields.get("plan_digest") != plan.digest:
+        raise LedgerError(f"{name} was altered: the plan in its header does not match its digest.")
+    return header
+
+
+def _read_entry(line: bytes, number: int, previous: str, name: str) -> LedgerEntry:
+    fields = _parse(line)
+    if fields is None:  # torn by a crash; its bytes are still held by the next line's link
+        return LedgerEntry(step=None, attempt=None, time=None)
+    if fields.get("previous") != previous or fields.get("number") != number:
+        raise LedgerError(
+            f"{name} was altered: line {number + 1} does not continue the line before it. A line "
+            "was changed, removed or inserted. Restore the file from a backup; without the true "
+            "count no ε can be stated."
+        )
+    step, attempt = fields.get("step"), fields.get("attempt")
+    if not isinstance(step, int) or not isinstance(attempt, int):
+        raise LedgerError(f"{name}: line {number + 1} names no step and attempt.")
+    return LedgerEntry(step=step, attempt=attempt, time=fields.get("time"))
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        fields = json.loads(line)
+    except ValueError:  # also covers broken UTF-8
+        return None
+    return fields if isinstance(fields, dict) else None
+
+
+def _line(fields: dict[str, Any]) -> bytes:
+    text = json.dumps(fields, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    return text.encode() + b"\n"

@@ -1,0 +1,16 @@
+"""Engines that bound the ε of a mechanism, behind one protocol."""
+
+from veilspan.accounting.engines.certified import CertifiedEngine
+from veilspan.accounting.engines.pld import PldEngine
+from veilspan.accounting.engines.protocol import Engine, EngineError
+from veilspan.accounting.engines.rdp import RdpEngine
+from veilspan.accounting.mechanism import SampledGaussian
+
+__all__ = [
+    "CertifiedEngine",
+    "Engine",
+    "EngineError",
+    "PldEngine",
+    "RdpEngine",
+    "SampledGaussian",
+]

@@ -1,0 +1,151 @@
+"""One release as a pair of distributions, cut into cells along its privacy loss.
+
+    P = (1 - q) N(0, σ²) + q N(1, σ²)   with the record        Q = N(0, σ²)   without it
+
+The loss L(x) = log P(x)/Q(x) increases with x from log(1 - q) to infinity. Positions are given
+by the excess d = L - log(1 - q) > 0, which keeps full precision where q is tiny.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import log_ndtr, ndtr, ndtri
+
+from veilspan.accounting.engines.protocol import EngineError
+from veilspan.accounting.mechanism import SampledGaussian
+
+Array = NDArray[np.floating[Any]]
+
+_LARGEST_LOSS = 600.0  # exp(loss) must stay a finite double with room for products
+_FINE_DEVIATIONS = 12.0  # cells are one spacing wide this near to loss 0, where the mass is
+_GROWTH = 0.006  # farther out a cell may be this fraction of its distance from loss 0
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Consecutive intervals of the loss with their probabilities.
+
+    Args:
+        start: Excess over log(1 - q) at which node number 0 lies.
+        index: Node numbers, increasing from 0; node i lies at excess `start + spacing · i`.
+        with_record: P of each cell between two neighbouring nodes, one fewer than `index`.
+        without_record: Q of each cell.
+        excess: P(cell) - e^(loss of its left node) · Q(cell), at least 0.
+        deficit: e^(loss of its right node) · Q(cell) - P(cell), at least 0.
+        tail: P and Q beyond the last node.
+    """
+
+    start: float
+    index: NDArray[np.int64]
+    with_record: Array
+    without_record: Array
+    excess: Array
+    deficit: Array
+    tail: tuple[float, float]
+
+
+class OneStep:
+    """The pair (P, Q) of one release, `0 < q < 1` and `0 < σ < ∞`."""
+
+    def __init__(self, mechanism: SampledGaussian) -> None:
+        self.q = mechanism.sampling_probability
+        self.sigma = mechanism.noise_multiplier
+        self.bottom = math.log1p(-self.q)
+
+    def loss_scale(self) -> float:
+        """Return the order of magnitude of the standard deviation of the loss under Q."""
+        chi_square = math.expm1(min(self.sigma**-2, 50.0))
+        return min(self.q * math.sqrt(chi_square), 1 / self.sigma)
+
+    def largest_excess(self, tail: float) -> float:
+        """Return an excess that the loss passes with probability at most `tail` under P.
+
+        Raises:
+            EngineError: If the loss is too large for doubles there.
+        """
+        x = 1 - self.sigma * float(ndtri(tail))
+        log_ratio = math.log(self.q) - self.bottom + (x - 0.5) / self.sigma**2
+        excess = float(np.logaddexp(0.0, log_ratio))
+        if excess > _LARGEST_LOSS:
+            raise EngineError(f"the loss of one step reaches {excess:.3g}, beyond a double's range")
+        return excess
+
+    def position(self, excess: Array | float) -> Array:
+        """Return the x at which the loss exceeds log(1 - q) by `excess`; -inf at 0."""
+        d = np.asarray(excess, dtype=np.float64)
+        with np.errstate(divide="ignore"):
+            log_growth = d + np.log(-np.expm1(-d))
+        return self.sigma**2 * (self.bottom - math.log(self.q) + log_growth) + 0.5
+
+    def cells(self, spacing: float, largest: float) -> Cells:
+        """Cut the loss at log(1 - q) + `spacing` · i, the first cell beginning at its very end."""
+        index = self._nodes(math.ceil(largest / spacing), -self.bottom, spacing)
+        return self._cut(0.0, index, spacing, first=-math.inf)
+
+    def cells_above(
+        self, first_excess: float, start: float, spacing: float, largest: float
+    ) -> Cells:
+        """Cut the losses above `first_excess` at `start` + `spacing` · i, i from 1."""
+        last = max(1, math.ceil((largest - start) / spacing))
+        index = self._nodes(last, -self.bottom - start, spacing)
+        return self._cut(start, index, spacing, first=float(self.position(first_excess)))
+
+    def below(self, excess: float) -> tuple[float, float]:
+        """Return P and Q of the losses up to an excess."""
+        x = float(self.position(excess))
+        without, shifted = ndtr(x / self.sigma), ndtr((x - 1) / self.sigma)
+        return float((1 - self.q) * without + self.q * shifted), float(without)
+
+    def excess_of_below(self, excess: float) -> float:
+        """Return the loss of the event "loss up to an excess", as an excess over log(1 - q)."""
+        x = float(self.position(excess))
+        log_ratio = float(log_ndtr((x - 1) / self.sigma)) - float(log_ndtr(x / self.sigma))
+        return math.log1p(self.q / (1 - self.q) * math.exp(log_ratio))
+
+    def _nodes(self, last: int, zero: float, spacing: float) -> NDArray[np.int64]:
+        """Return node numbers from 0 to `last`, all of them near loss 0, which is at `zero`."""
+        centre = min(max(round(zero / spacing), 0), last)
+        fine = math.ceil(_FINE_DEVIATIONS * self.loss_scale() / spacing)
+        right = centre + _distances(last - centre, fine)
+        left = centre - _distances(centre, fine)
+        return np.unique(np.concatenate([left, right]))
+
+    def _cut(self, start: float, index: NDArray[np.int64], spacing: float, first: float) -> Cells:
+        d = start + spacing * index
+        x = np.concatenate([[first], self.position(d[1:])])
+        without = _interval_probability(x / self.sigma)
+        shifted = _interval_probability((x - 1) / self.sigma)
+        # P - e^t Q with t = log(1 - q) + d, written without subtracting the (1 - q) Q that cancels.
+        excess = self.q * shifted - (1 - self.q) * np.expm1(d[:-1]) * without
+        deficit = (1 - self.q) * np.expm1(d[1:]) * without - self.q * shifted
+        z = x[-1] / self.sigma
+        tail_without, tail_shifted = float(ndtr(-z)), float(ndtr(1 / self.sigma - z))
+        return Cells(
+            start=start,
+            index=index,
+            with_record=(1 - self.q) * without + self.q * shifted,
+            without_record=without,
+            excess=np.maximum(excess, 0.0),
+            deficit=np.maximum(deficit, 0.0),
+            tail=((1 - self.q) * tail_without + self.q * tail_shifted, tail_without),
+        )
+
+
+def _interval_probability(z: Array) -> Array:
+    """Return the standard normal probability between neighbouring points, precise in both tails."""
+    lower, upper = z[:-1], z[1:]
+    return np.where(lower < 0, ndtr(upper) - ndtr(lower), ndtr(-lower) - ndtr(-upper))
+
+
+def _distances(last: int, fine: int) -> NDArray[np.int64]:
+    """Return 0, 1, …, `fine` and from there ever wider steps up to `last`."""
+    if last <= fine:
+        return np.arange(last + 1)
+    count = int(math.log(last / fine) / _GROWTH) + 2
+    far = np.geomspace(fine, last, count).astype(np.int64)
+    return np.concatenate([np.arange(fine + 1), far, [last]])

@@ -1,0 +1,70 @@
+"""The mechanism whose privacy loss is counted: a Poisson-sampled Gaussian, repeated."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledGaussian:
+    """`steps` releases, each a sum over a fresh Poisson sample plus Gaussian noise.
+
+    With the sensitivity scaled to 1, one release on a data set with the record of interest is
+    distributed as `(1 - q) N(0, σ²) + q N(1, σ²)`, and without it as `N(0, σ²)`.
+
+    Args:
+        noise_multiplier: σ, the noise standard deviation divided by the sensitivity; at least 0.
+        sampling_probability: q, the chance of each record to be in a step's sample; in [0, 1].
+        steps: Number of releases T; at least 0.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+
+    Example:
+        >>> SampledGaussian(noise_multiplier=1.0, sampling_probability=0.01, steps=1000).steps
+        1000
+    """
+
+    noise_multiplier: float
+    sampling_probability: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        check_number("noise_multiplier", self.noise_multiplier)
+        if not self.noise_multiplier >= 0:
+            raise ValueError(
+                f"noise_multiplier is {self.noise_multiplier}; it must be at least 0 "
+                "(0 adds no noise and has an infinite ε)."
+            )
+        check_probability("sampling_probability", self.sampling_probability)
+        check_count("steps", self.steps)
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise `ValueError` unless `value` is a real number (infinity allowed, NaN and bool not)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise ValueError(f"{name} is {value!r}; it must be a number.")
+
+
+def check_probability(name: str, value: object) -> None:
+    """Raise `ValueError` unless `value` is a number in [0, 1]."""
+    check_number(name, value)
+    if not 0 <= value <= 1:  # type: ignore[operator]
+        raise ValueError(f"{name} is {value!r}; it must lie in [0, 1].")
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise `ValueError` unless `value` is a whole number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 0.")
+
+
+def check_delta(value: object) -> None:
+    """Raise `ValueError` unless `value` is a number strictly between 0 and 1."""
+    check_number("delta", value)
+    if not 0 < value < 1:  # type: ignore[operator]
+        raise ValueError(
+            f"delta is {value!r}; it must lie strictly between 0 and 1, "
+            "and well below 1 / (number of records) to mean anything."
+        )

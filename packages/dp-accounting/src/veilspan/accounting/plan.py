@@ -1,0 +1,290 @@
+"""The privacy plan: every number that the guarantee depends on, in one frozen value."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from veilspan.accounting.bounds import EpsilonBounds
+from veilspan.accounting.calibration import calibrate_noise
+from veilspan.accounting.engines import CertifiedEngine, Engine
+from veilspan.accounting.mechanism import (
+    SampledGaussian,
+    check_count,
+    check_delta,
+    check_number,
+)
+from veilspan.accounting.statement import write_statement
+
+SCHEMA = "veilspan.accounting.plan/1"
+
+_ALLOWED = {
+    "sampling": ("poisson",),
+    "relation": ("add_remove",),
+    "noise_stream": ("aes-ctr", "philox"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyPlan:
+    """What is released, how often, with how much noise, and about whom.
+
+    Sampler, clipper and ledger are built from one plan, so that no number is typed twice.
+
+    Args:
+        noise_multiplier: σ, the noise standard deviation divided by `clip_norm`; 0 means no noise
+            and an infinite ε.
+        sampling_probability: q, the chance of each record to be in a step's batch.
+        steps: Number of releases the plan allows for; empty batches are releases too.
+        delta: δ, the probability the guarantee may fail with; far below 1 / number of records.
+        clip_norm: Sensitivity of the sum: the L2 norm that one record's contribution never
+            exceeds, over all groups together. Infinite only where `noise_multiplier` is 0.
+        expected_batch_size: The public constant by which sums are divided, in records; `None`
+            where it is not known to the plan. ε does not depend on it.
+        unit: Whose presence is hidden, in the singular: "record", "document", "user".
+        sampling: Sampling law; "poisson" only: every record independently with chance q.
+        relation: Neighbouring relation; "add_remove" only: one unit more or less.
+        noise_stream: Where the noise comes from: "aes-ctr" (cryptographic) or "philox" (fast).
+
+    Raises:
+        ValueError: If a value is out of range or a name is unknown.
+
+    Example:
+        >>> plan = PrivacyPlan(
+        ...     noise_multiplier=1.0, sampling_probability=0.01, steps=1000, delta=1e-5
+        ... )
+        >>> print(plan.epsilon())
+        ε ≤ 1.829 at δ = 1e-05
+    """
+
+    noise_multiplier: float
+    sampling_probability: float
+    steps: int
+    delta: float
+    clip_norm: float = 1.0
+    expected_batch_size: float | None = None
+    unit: str = "record"
+    sampling: str = "poisson"
+    relation: str = "add_remove"
+    noise_stream: str = "aes-ctr"
+
+    def __post_init__(self) -> None:
+        self._check()
+        # 64 and 64.0 are one plan and must have one digest.
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if "float" in str(field.type) and value is not None:
+                object.__setattr__(self, field.name, float(value))
+
+    def _check(self) -> None:
+        self._mechanism(self.steps)  # checks noise_multiplier, sampling_probability, steps
+        if math.isinf(self.noise_multiplier):
+            raise ValueError("noise_multiplier is infinite; it must be finite.")
+        check_delta(self.delta)
+        self._check_clip_norm()
+        if self.expected_batch_size is not None:
+            check_number("expected_batch_size", self.expected_batch_size)
+            if not 0 < self.expected_batch_size < math.inf:
+                raise ValueError(
+                    f"expected_batch_size is {self.expected_batch_size}; it must be above 0 and "
+                    "finite: sampling_probability × number of records, never a batch's own size."
+                )
+        if not isinstance(self.unit, str) or not self.unit.strip():
+            raise ValueError(
+                f"unit is {self.unit!r}; name whose presence is hidden, as in 'record'."
+            )
+        for name, allowed in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(_unknown(name, getattr(self, name), allowed))
+
+    def _check_clip_norm(self) -> None:
+        check_number("clip_norm", self.clip_norm)
+        if not self.clip_norm > 0:
+            raise ValueError(f"clip_norm is {self.clip_norm}; it must be above 0.")
+        if math.isinf(self.clip_norm) and self.noise_multiplier > 0:
+            raise ValueError(
+                "clip_norm is infinite, but noise_multiplier is not 0: noise in proportion to an "
+                "infinite norm does not exist. Give a finite clip_norm, or noise_multiplier=0."
+            )
+
+    @classmethod
+    def calibrate(  # noqa: PLR0913 - the fields of a plan, with the target in place of the noise
+        cls,
+        *,
+        target_epsilon: float,
+        delta: float,
+        sampling_probability: float,
+        steps: int,
+        clip_norm: float = 1.0,
+        expected_batch_size: float | None = None,
+        unit: str = "record",
+        sampling: str = "poisson",
+        relation: str = "add_remove",
+        noise_stream: str = "aes-ctr",
+    ) -> Self:
+        """Return the plan with the least noise that is certified to keep `target_epsilon`.
+
+        Args:
+            target_epsilon: The ε that must not be exceeded after `steps` releases; above 0.
+            delta: As for the plan, like all further arguments.
+            sampling_probability: See the class.
+            steps: See the class.
+            clip_norm: See the class.
+            expected_batch_size: See the class.
+            unit: See the class.
+            sampling: See the class.
+            relation: See the class.
+            noise_stream: See the class.
+
+        Raises:
+            ValueError: If an argument is out of range or the target cannot be reached.
+
+        Guarantee:
+            `plan.epsilon().upper <= target_epsilon`, and the noise multiplier is at most 0.1 %
+            above the smallest one for which that can be certified.
+
+        Example:
+            >>> plan = PrivacyPlan.calibrate(
+            ...     target_epsilon=8.0, delta=1e-7, sampling_probability=1 / 512, steps=4000
+            ... )
+            >>> plan.epsilon().upper <= 8.0
+            True
+        """
+        rest: dict[str, Any] = {
+            "delta": delta,
+            "sampling_probability": sampling_probability,
+            "steps": steps,
+            "clip_norm": clip_norm,
+            "expected_batch_size": expected_batch_size,
+            "unit": unit,
+            "sampling": sampling,
+            "relation": relation,
+            "noise_stream": noise_stream,
+        }
+        if not (isinstance(clip_norm, (int, float)) and math.isfinite(clip_norm)):
+            raise ValueError(f"clip_norm is {clip_norm}; it must be finite where noise is added.")
+        cls(noise_multiplier=1.0, **rest)  # refuses the other arguments before the search
+        bracket = calibrate_noise(
+            target_epsilon=target_epsilon,
+            delta=delta,
+            sampling_probability=sampling_probability,
+            steps=steps,
+        )
+        return cls(noise_multiplier=bracket.noise_multiplier, **rest)
+
+    def epsilon(self, delta: float | None = None, *, engine: Engine | None = None) -> EpsilonBounds:
+        """Return bounds on ε after all of the plan's steps.
+
+        Args:
+            delta: The δ to answer for; the plan's own unless given.
+            engine: Who bounds ε; the certified engine unless given.
+
+        Raises:
+            ValueError: If `delta` is outside (0, 1).
+
+        Guarantee:
+            The run is (`upper`, `delta`)-differentially private in both directions of the plan's
+            relation, under the assumptions that `statement` names.
+        """
+        return self.epsilon_after(self.steps, delta, engine=engine)
+
+    def epsilon_after(
+        self, steps: int, delta: float | None = None, *, engine: Engine | None = None
+    ) -> EpsilonBounds:
+        """Return bounds on ε after `steps` releases, which may exceed the plan's.
+
+        Args:
+            steps: Number of releases; at least 0.
+            delta: The δ to answer for; the plan's own unless given.
+            engine: Who bounds ε; the certified engine unless given.
+
+        Raises:
+            ValueError: If `steps` or `delta` is out of range.
+
+        Guarantee:
+            As for `epsilon`; the releases may depend on earlier ones (adaptive composition).
+        """
+        check_count("steps", steps)
+        asked = self.delta if delta is None else delta
+        check_delta(asked)
+        engine = CertifiedEngine() if engine is None else engine
+        return engine.epsilon(self._mechanism(steps), asked)
+
+    def _mechanism(self, steps: int) -> SampledGaussian:
+        return SampledGaussian(
+            noise_multiplier=self.noise_multiplier,
+            sampling_probability=self.sampling_probability,
+            steps=steps,
+        )
+
+    def statement(self) -> str:
+        """Return the guarantee in plain words, with every assumption it rests on."""
+        return write_statement(self)
+
+    @property
+    def digest(self) -> str:
+        """Return a SHA-256 of the plan's contents: equal plans, equal digests, on any machine."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields and the schema as plain values; an infinite number becomes "inf"."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in values.items():
+            if isinstance(value, float) and math.isinf(value):
+                values[name] = "inf"
+        return {"schema": SCHEMA, **values}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Return the plan that `to_dict` described.
+
+        Raises:
+            ValueError: If the schema is not one this version reads, or fields are unknown, missing
+                or out of range.
+        """
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            found = data.get("schema") if isinstance(data, dict) else data
+            raise ValueError(
+                f"schema of the privacy plan is {found!r}; this version reads {SCHEMA!r}."
+            )
+        values = {name: value for name, value in data.items() if name != "schema"}
+        known = {f.name for f in fields(cls)}
+        missing = {"noise_multiplier", "sampling_probability", "steps", "delta"} - set(values)
+        if set(values) - known or missing:
+            raise ValueError(
+                f"privacy plan has unknown fields {sorted(set(values) - known)} and lacks "
+                f"{sorted(missing)}; known fields are {sorted(known)}."
+            )
+        if values.get("clip_norm") == "inf":
+            values["clip_norm"] = math.inf
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """Return the plan as one line of JSON with sorted keys, the same on every machine."""
+        return json.dumps(self.to_dict(), sort_keys=True, allow_nan=False, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Return the plan that `to_json` wrote.
+
+        Raises:
+            ValueError: If `text` is not JSON or not a plan.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"The privacy plan is not valid JSON: {error}.") from error
+        return cls.from_dict(data)
+
+
+def _unknown(name: str, value: object, allowed: tuple[str, ...]) -> str:
+    way_out = {
+        "sampling": "Shuffled or fixed-size batches have another ε and must not be counted so.",
+        "relation": "The noise for replacing a record is not the noise for adding or removing one.",
+        "noise_stream": "Name the stream that really draws the noise; the statement mentions it.",
+    }
+    choices = " or ".join(repr(choice) for choice in allowed)
+    return f"{name} is {value!r}; supported is {choices}. {way_out[name]}"
