@@ -28,14 +28,14 @@ def causal_lm_losses(
             the logits at t are scored on the label at t+1.
         ignore_index: Label of tokens that do not count, such as padding.
         reduction: `mean` over the record's tokens (nats per token), or their `sum` (nats).
-        shifted: The labels are shifted already: the logits at t are scored on the label at t. Needed
-            where a sequence is split over ranks, since the next label may lie on another rank.
+        shifted: The labels are shifted already: the logits at t are scored on the label at t.
+            Needed where a sequence is split over ranks: the next label may lie on another rank.
         num_tokens_B: `[B]`, counted tokens of each whole record, where this rank holds only a part
             of its sequence: the result is then this rank's share of the mean.
 
     Returns:
-        Losses in nats, `[B]`, fp32 (fp64 for fp64 logits). A record without a counted token has loss
-        0 and gradient 0.
+        Losses in nats, `[B]`, fp32 (fp64 for fp64 logits). A record without a counted token has
+        loss 0 and gradient 0.
 
     Raises:
         ValueError: If shapes, dtypes or options do not fit, or (labels on the CPU) a label is
@@ -91,7 +91,8 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_BT: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (grad_BT,) = grad_outputs
         logits_NV, targets_N, counted_BT, normalizers_N = ctx.saved_tensors
         weight_N = grad_BT.reshape(-1, 1)
         ignored_N = ~counted_BT.reshape(-1, 1)
@@ -111,18 +112,18 @@ def _row_chunks(logits_NV: Tensor) -> Iterator[slice]:
 
 
 def _check_tensors(logits: Tensor, labels: Tensor) -> None:
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.is_floating_point():  # noqa: PLR2004
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.is_floating_point():
         raise ValueError(
-            f"logits is {_describe(logits)}; it must be floating point, [B, T, V]. Pass the model's "
-            "`.logits`, with the batch dimension kept: a flattened batch has no records."
+            f"logits is {_describe(logits)}; it must be floating point, [B, T, V]. Pass the "
+            "model's `.logits`, with the batch dimension kept: a flattened batch has no records."
         )
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"labels is {_describe(labels)}; it must be int64 token ids, [B, T].")
     if labels.shape != logits.shape[:2]:
         raise ValueError(
             f"labels has shape {tuple(labels.shape)}, but logits has {tuple(logits.shape)}; labels "
-            f"must be {tuple(logits.shape[:2])}. Cut neither: the shift by one happens here, or pass "
-            "shifted=True with labels that are shifted and padded with ignore_index."
+            f"must be {tuple(logits.shape[:2])}. Cut neither: the shift by one happens here, or "
+            "pass shifted=True with labels that are shifted and padded with ignore_index."
         )
 
 
@@ -163,12 +164,12 @@ def _check_counts(num_tokens_B: Tensor, here_B: Tensor) -> None:
         (num_tokens_B < here_B).any()
     ):
         raise ValueError(
-            "num_tokens_B is smaller than the number of counted tokens held here; it must count the "
-            "tokens of the whole record over all ranks, after the shift."
+            "num_tokens_B is smaller than the number of counted tokens held here; it must count "
+            "the tokens of the whole record over all ranks, after the shift."
         )
 
 
-def _describe(value: object) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
     return f"a {type(value).__name__}"

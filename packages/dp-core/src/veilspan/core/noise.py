@@ -1,17 +1,22 @@
 """Gaussian noise that is the same for every sharding of a tensor.
 
 Elements 2j and 2j+1 of a tensor are one Box–Muller pair, made of block j of the tensor's own stream
-of words. A rank therefore draws exactly the elements that it holds, ranks that hold the same elements
-draw the same noise, and nothing depends on the order of the calls.
+of words. A rank therefore draws exactly the elements that it holds, ranks that hold the same
+elements draw the same noise, and nothing depends on the order of the calls.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from veilspan.core.streams import (
@@ -26,9 +31,10 @@ from veilspan.core.streams import (
 
 __all__ = ["GaussianNoise", "PhiloxNoise", "new_key"]
 
-_CHUNK = 2**15  # pairs at a time: every buffer stays in a core's cache
-_GRAIN = 2048  # torch gives a thread at least this many elements of log, sin, cos
-_ALIGNMENT = 64  # elements: a multiple of every SIMD width and of the cache line
+_CHUNK = 2**12  # pairs at a time: every buffer of a chunk stays in a core's cache
+_VECTOR = 2**6  # pairs: a multiple of every SIMD width
+_CHUNKS_WORTH_THREADS = 16
+_TABLE_BITS = 14
 
 
 @final
@@ -37,7 +43,7 @@ class GaussianNoise:
 
     Args:
         key: 32 secret bytes from `new_key()`. Replicas of one run need the same key.
-        words: Generator of the uniform words.
+        words: Generator of the uniform words; AES-256-CTR if not given.
 
     Raises:
         ValueError: If `key` is not 32 bytes drawn at random.
@@ -46,9 +52,8 @@ class GaussianNoise:
         The value added to an element is a function of (key, step, name, its index in the whole
         tensor, stddev): shards are disjoint parts of one draw, replicas are bitwise equal on
         machines of one kind, and different steps or names have computationally independent noise.
-        Noise is computed in fp64 and the sum is rounded once to the tensor's type. The law is the
-        normal law up to |z| = 9.41 (a 63-bit radius; 53-bit angle), beyond which it would lie with
-        probability 5e-21.
+        Noise is computed in fp64, and the sum is rounded once to the tensor's type. The law is the
+        normal law up to |z| = 9.41, where a 63-bit radius ends (probability beyond it: 5e-21).
 
     Source: Box and Muller (1958), https://doi.org/10.1214/aoms/1177706645.
 
@@ -100,12 +105,17 @@ class GaussianNoise:
         if stddev == 0 or tensor.numel() == 0:
             return
         subkey = derive(self._key, f"noise/{self._words.name}", step, name)
+        first, last = offset // 2, (offset + tensor.numel() + 1) // 2
+
+        def draw(pairs: range) -> Tensor:
+            words = self._words.read(subkey, pairs.start, len(pairs))
+            return torch.from_numpy(gaussian_pairs(words, stddev).reshape(-1))
+
         flat = tensor.reshape(-1)
-        done = 0
-        for noise in _normals(self._words, subkey, offset, flat.numel()):
-            noise.mul_(stddev)  # apart from the addition: a fused multiply-add rounds differently
-            flat[done : done + noise.numel()].add_(noise.to(flat.device))
-            done += noise.numel()
+        for pairs, noise in _in_order(draw, _chunks(first, last), torch.get_num_threads()):
+            begin = 2 * pairs.start - offset  # in `flat`; vectors may reach beyond both of its ends
+            part = noise[max(0, -begin) : flat.numel() - begin]
+            flat[max(0, begin) :][: part.numel()].add_(part.to(flat.device))
         if not tensor.is_contiguous():
             tensor.copy_(flat.view(tensor.shape))
 
@@ -114,12 +124,12 @@ class GaussianNoise:
 class PhiloxNoise:
     """The same noise from Philox4x64, which is not cryptographic.
 
-    For computers whose CPU has no AES instructions; elsewhere `GaussianNoise` is stronger as well as
+    For computers whose CPU has no AES instructions; elsewhere `GaussianNoise` is stronger and
     faster. A privacy statement must name `stream_name`: the guarantee then rests on nobody finding
     structure in Philox's output.
 
     Args:
-        key: 32 secret bytes from `new_key()`, of which 16 bytes enter each stream.
+        key: 32 secret bytes from `new_key()`; 16 bytes derived from it enter each stream.
 
     Raises:
         ValueError: If `key` is not 32 bytes drawn at random.
@@ -141,6 +151,83 @@ class PhiloxNoise:
         self._noise.add_(tensor, stddev=stddev, step=step, name=name, offset=offset)
 
 
+def gaussian_pairs(words_N2: NDArray[np.int64], stddev: float) -> NDArray[np.float64]:
+    """Turn uniform words into normals of standard deviation `stddev`.
+
+    Args:
+        words_N2: Uniform int64, `[N, 2]`.
+        stddev: Standard deviation, at least 0.
+
+    Returns:
+        Independent normals, `[N, 2]`, fp64: stddev·√(-2 ln u)·(cos θ, sin θ). The size of the first
+        word is u, in [2⁻⁶⁴, 1] with full relative precision where it is small: hence the long
+        tails. The second word is θ: its upper bits choose a point of a table, its lower 50 bits
+        turn that point by at most 2e-4, by two terms of the series of cos and sin (error < 1e-16).
+    """
+    radius = words_N2[:, 0].astype(np.float64)
+    np.abs(radius, out=radius)
+    radius *= 2.0**-63
+    radius += 2.0**-64
+    np.log(radius, out=radius)
+    radius *= -2.0
+    np.sqrt(radius, out=radius)
+    radius *= stddev
+
+    low_bits = 64 - _TABLE_BITS
+    turn = (words_N2[:, 1] & ((1 << low_bits) - 1)).astype(np.float64)
+    turn -= 2.0 ** (low_bits - 1)  # the table holds the middle of each arc
+    turn *= 2.0 * math.pi * 2.0**-64
+    square = turn * turn
+    normals = np.empty(len(words_N2), np.complex128)
+    np.multiply(square, -0.5, out=normals.real)
+    normals.real += 1.0
+    normals.real *= radius
+    turn *= radius
+    np.multiply(square, -1.0 / 6.0, out=normals.imag)
+    normals.imag += 1.0
+    normals.imag *= turn
+    normals *= _unit_circle().take(words_N2[:, 1] >> low_bits, mode="wrap")
+    return normals.view(np.float64).reshape(-1, 2)
+
+
+@cache
+def _unit_circle() -> NDArray[np.complex128]:
+    arcs = 2**_TABLE_BITS
+    return np.exp(2j * math.pi * (np.arange(arcs) + 0.5) / arcs)
+
+
+def _chunks(first: int, last: int) -> Iterator[range]:
+    """Split pairs `first … last - 1`, widened to whole vectors, at multiples of `_CHUNK`.
+
+    An element thus always sits in the same lane of a full vector, where no library rounds it
+    differently from one call to the next.
+    """
+    begin, end = first // _VECTOR * _VECTOR, math.ceil(last / _VECTOR) * _VECTOR
+    while begin < end:
+        stop = min(end, (begin // _CHUNK + 1) * _CHUNK)
+        yield range(begin, stop)
+        begin = stop
+
+
+def _in_order(
+    draw: Callable[[range], Tensor], chunks: Iterator[range], threads: int
+) -> Iterator[tuple[range, Tensor]]:
+    """Yield each chunk with its noise, in order; at most a few chunks exist at any time."""
+    jobs = list(chunks)
+    if threads == 1 or len(jobs) < _CHUNKS_WORTH_THREADS:
+        yield from ((job, draw(job)) for job in jobs)
+        return
+    with ThreadPoolExecutor(min(threads, len(jobs))) as pool:
+        ahead: deque[tuple[range, Future[Tensor]]] = deque()
+        for job in jobs:
+            ahead.append((job, pool.submit(draw, job)))
+            if len(ahead) > 2 * threads:
+                chunk, future = ahead.popleft()
+                yield chunk, future.result()
+        for chunk, future in ahead:
+            yield chunk, future.result()
+
+
 def _check(tensor: Tensor, stddev: float) -> None:
     if tensor.dtype not in (torch.float32, torch.float64):
         raise ValueError(
@@ -151,47 +238,3 @@ def _check(tensor: Tensor, stddev: float) -> None:
         raise ValueError("tensor is a DTensor; pass the local shard and its offset.")
     if not (math.isfinite(stddev) and stddev >= 0):
         raise ValueError(f"stddev is {stddev}; it must be finite and at least 0.")
-
-
-def _normals(words: WordSource, subkey: bytes, offset: int, count: int) -> Iterator[Tensor]:
-    """Yield standard normals for elements `offset … offset + count - 1`, fp64, chunk by chunk."""
-    last = offset + count
-    start = offset // 2 // _ALIGNMENT * _ALIGNMENT
-    stream = words.stream(subkey, start)
-    while 2 * start < last:
-        pairs = _chunk_pairs((last + 1) // 2 - start, torch.get_num_threads())
-        normals = box_muller(torch.from_numpy(stream.read(pairs))).view(-1)
-        yield normals[max(0, offset - 2 * start) : last - 2 * start]
-        start += pairs
-
-
-def _chunk_pairs(wanted: int, threads: int) -> int:
-    """Return how many pairs to compute so that no bit depends on the number of threads.
-
-    Vector libraries may round differently in the last, partly filled vector. Torch gives each thread
-    an equal part, at least `_GRAIN` elements, so multiples of these keep each part full and aligned.
-    """
-    whole = _GRAIN * threads
-    if wanted <= whole:
-        return math.ceil(wanted / _GRAIN) * _GRAIN
-    return min(math.ceil(wanted / whole), max(1, _CHUNK // whole)) * whole
-
-
-def box_muller(words_N2: Tensor) -> Tensor:
-    """Turn uniform words into standard normals.
-
-    Args:
-        words_N2: Uniform int64, `[N, 2]`, on the CPU.
-
-    Returns:
-        Independent normals, `[N, 2]`, fp64: √(-2 ln u)·(cos θ, sin θ) with u in [2⁻⁶⁴, 1] from the
-        size of the first word (its small values keep full relative precision, hence the long tails)
-        and θ in [-π, π] from the second.
-    """
-    radius = words_N2[:, 0].to(torch.float64).abs_().mul_(2.0**-63).add_(2.0**-64)
-    radius.log_().mul_(-2.0).sqrt_()
-    angle = words_N2[:, 1].to(torch.float64).mul_(math.pi * 2.0**-63)
-    normals_N2 = torch.empty(words_N2.shape, dtype=torch.float64, device="cpu")
-    torch.mul(radius, angle.cos(), out=normals_N2[:, 0])
-    torch.mul(radius, angle.sin_(), out=normals_N2[:, 1])
-    return normals_N2

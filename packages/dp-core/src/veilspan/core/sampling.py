@@ -63,7 +63,7 @@ class Draw:
         return (self.records[i : i + size].copy() for i in range(0, len(self), size))
 
     def share(self, rank: int, ranks: int) -> Draw:
-        """Return the part of replica `rank`: every `ranks`-th record, so shares differ by at most one.
+        """Return the part of replica `rank`: every `ranks`-th record, sizes within one.
 
         Args:
             rank: Index of the replica, 0 … ranks - 1.
@@ -84,8 +84,8 @@ def poisson_batches(
 ) -> Iterator[Draw]:
     """Yield the draws `first_step … steps - 1` of a run.
 
-    Every rank makes the same draws and takes its own part with `Draw.share`. A run that is restarted
-    with the same key and `first_step` continues with the draws that it would have made.
+    Every rank makes the same draws and takes its own part with `Draw.share`. A run that is
+    restarted with the same key and `first_step` continues with the draws that it would have made.
 
     Args:
         num_records: Number of records, 1 … 2⁴⁰ - 1.
@@ -93,7 +93,7 @@ def poisson_batches(
             taken exactly. At 1 every draw holds every record.
         steps: Steps of the whole plan, those before `first_step` included; never derived from the
             data.
-        key: 32 secret bytes from `new_key()`. May be the key of the noise: the streams are separate.
+        key: 32 secret bytes from `new_key()`. May be the key of the noise: streams are separate.
         first_step: First step to draw.
 
     Yields:
@@ -127,8 +127,8 @@ def poisson_draw(
 
     The gap G before the next drawn record is geometric, P(G = g) = q(1-q)^g, which factors over the
     binary digits of g: digit j is 1 with probability r/(1+r), r = (1-q)^(2^j), independently of the
-    other digits. Each digit compares one 64-bit word with a threshold, so there is no floating-point
-    number between the key and the draw, and it is the same on every machine. Work and memory grow
+    other digits. Each digit compares one 64-bit word with a threshold: no floating-point number
+    stands between the key and the draw, which is the same on every machine. Work and memory grow
     with the records drawn (times the digits of a gap), not with `num_records`.
 
     Guarantee:
@@ -156,28 +156,26 @@ class _GapSampler:
         step = check_count("step", step, least=0)
         if not len(self._thresholds):
             return Draw(step=step, records=np.arange(self._num_records, dtype=np.int64))
-        stream = self._words.stream(derive(self._key, "poisson sampling", step), 0)
+        subkey = derive(self._key, "poisson sampling", step)
+        blocks_per_gap = (len(self._thresholds) + 1) // 2
         parts: list[NDArray[np.int64]] = []
-        next_record = 0
+        next_record = next_block = 0
         while next_record < self._num_records:
             gaps = self._gaps_wanted(self._num_records - next_record)
-            words = stream.read(gaps * self._blocks_per_gap).reshape(gaps, -1).view(np.uint64)
-            records = next_record + np.cumsum(self._gaps(words) + 1) - 1
+            words = self._words.read(subkey, next_block, gaps * blocks_per_gap)
+            next_block += gaps * blocks_per_gap
+            records = next_record + np.cumsum(self._gaps(words.reshape(gaps, -1)) + 1) - 1
             next_record = int(records[-1]) + 1
             parts.append(records[: np.searchsorted(records, self._num_records)])
         return Draw(step=step, records=np.concatenate(parts))
-
-    @property
-    def _blocks_per_gap(self) -> int:
-        return (len(self._thresholds) + 1) // 2  # a block is two words
 
     def _gaps_wanted(self, records_left: int) -> int:
         """Return how many gaps most likely pass the last record; the value changes no draw."""
         expected = records_left * float(self._probability)
         return min(int(expected + 4 * math.sqrt(expected)) + 4, _GAPS_AT_A_TIME)
 
-    def _gaps(self, words: NDArray[np.uint64]) -> NDArray[np.int64]:
-        digits = words[:, : len(self._thresholds)] < self._thresholds
+    def _gaps(self, words: NDArray[np.int64]) -> NDArray[np.int64]:
+        digits = words.view(np.uint64)[:, : len(self._thresholds)] < self._thresholds
         return digits @ (np.int64(1) << np.arange(len(self._thresholds), dtype=np.int64))
 
 

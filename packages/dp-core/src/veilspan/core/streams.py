@@ -1,7 +1,7 @@
 """Random words addressed by (secret key, purpose, step, name, block), never by call order.
 
-Every address has one value, so ranks, restarts and chunkings that ask for the same address agree and
-no generator state is ever saved. One block is 16 bytes: two 64-bit words.
+Every address has one value, so ranks, restarts and chunkings that ask for the same address agree,
+and no generator state is ever saved. One block is 16 bytes: two 64-bit words.
 """
 
 from __future__ import annotations
@@ -17,18 +17,16 @@ from numpy.typing import NDArray
 
 KEY_BYTES = 32
 BLOCK_BYTES = 16
-_FEWEST_DISTINCT_BYTES = (
-    8  # 32 random bytes hold fewer distinct values with probability below 1e-33
-)
+_FEWEST_DISTINCT_BYTES = 8  # 32 random bytes hold fewer distinct values with probability < 1e-40
 _PERSONAL = b"veilspan.core/1"  # domain separation from every other use of the key
 
 
 def new_key() -> bytes:
     """Return a fresh secret key, 32 bytes from the operating system's generator.
 
-    Keep it out of logs and out of checkpoints that leave the machine: who knows the key can subtract
-    the noise. Use a new key for every attempt at a run: noise that is drawn twice for one step can be
-    cancelled by subtracting the two results.
+    Keep it out of logs and out of checkpoints that leave the machine: who knows the key can
+    subtract the noise. Use a new key for every attempt at a run: noise that is drawn twice for one
+    step can be cancelled by subtracting the two results.
     """
     return os.urandom(KEY_BYTES)
 
@@ -97,14 +95,6 @@ def derive(key: bytes, purpose: str, step: int, name: str = "") -> bytes:
     return hashlib.blake2b(message, digest_size=KEY_BYTES, key=key, person=_PERSONAL).digest()
 
 
-class WordStream(Protocol):
-    """The words of one subkey, in order."""
-
-    def read(self, blocks: int) -> NDArray[np.int64]:
-        """Return the next `blocks` blocks, `[blocks, 2]` int64; valid until the next call."""
-        ...
-
-
 class WordSource(Protocol):
     """A generator of uniform 64-bit words that can start at any block."""
 
@@ -113,37 +103,25 @@ class WordSource(Protocol):
         """Name for privacy statements."""
         ...
 
-    def stream(self, subkey: bytes, first_block: int) -> WordStream:
-        """Return the words of `subkey` (32 bytes) from block `first_block` on."""
+    def read(self, subkey: bytes, first_block: int, blocks: int) -> NDArray[np.int64]:
+        """Return blocks `first_block …` of the stream of `subkey` (32 bytes), `[blocks, 2]`."""
         ...
 
 
 @final
 class AesCtr:
-    """AES-256 in counter mode: cryptographically strong, and several GB/s where the CPU has AES."""
+    """AES-256 in counter mode: cryptographically strong, several GB/s where the CPU has AES.
+
+    Source: NIST SP 800-38A (2001), section 6.5; block n is AES(subkey, n).
+    """
 
     name = "aes-256-ctr"
 
-    def stream(self, subkey: bytes, first_block: int) -> WordStream:
-        """Return the key stream of `subkey`; block n is AES(subkey, n)."""
-        return _AesStream(subkey, first_block)
-
-
-@final
-class _AesStream:
-    def __init__(self, subkey: bytes, first_block: int) -> None:
-        counter = first_block.to_bytes(BLOCK_BYTES, "big")
-        self._encryptor = Cipher(algorithms.AES(subkey), modes.CTR(counter)).encryptor()
-        self._zeros = b""
-        self._buffer = bytearray()
-
-    def read(self, blocks: int) -> NDArray[np.int64]:
-        size = blocks * BLOCK_BYTES
-        if len(self._zeros) < size:
-            self._zeros = bytes(size)
-            self._buffer = bytearray(size + BLOCK_BYTES - 1)  # update_into asks for this slack
-        self._encryptor.update_into(memoryview(self._zeros)[:size], self._buffer)
-        return np.frombuffer(self._buffer, dtype="<i8", count=2 * blocks).reshape(blocks, 2)
+    def read(self, subkey: bytes, first_block: int, blocks: int) -> NDArray[np.int64]:
+        """Return blocks `first_block …` of the stream of `subkey` (32 bytes), `[blocks, 2]`."""
+        counter = modes.CTR(first_block.to_bytes(BLOCK_BYTES, "big"))
+        encryptor = Cipher(algorithms.AES(subkey), counter).encryptor()
+        return np.frombuffer(encryptor.update(bytes(blocks * BLOCK_BYTES)), "<i8").reshape(-1, 2)
 
 
 @final
@@ -155,18 +133,9 @@ class Philox4x64:
 
     name = "philox-4x64-10"
 
-    def stream(self, subkey: bytes, first_block: int) -> WordStream:
-        """Return the words of `subkey`, of which Philox uses 16 bytes; one counter is two blocks."""
-        return _PhiloxStream(subkey, first_block)
-
-
-@final
-class _PhiloxStream:
-    def __init__(self, subkey: bytes, first_block: int) -> None:
-        counter, odd = divmod(first_block, 2)
+    def read(self, subkey: bytes, first_block: int, blocks: int) -> NDArray[np.int64]:
+        """Return blocks `first_block …` of the stream of `subkey[:16]`, `[blocks, 2]`."""
+        counter, second_half = divmod(first_block, 2)  # four words per counter
         key = int.from_bytes(subkey[:16], "little")
-        self._generator = np.random.Philox(key=key, counter=counter)
-        self._generator.random_raw(2 * odd)
-
-    def read(self, blocks: int) -> NDArray[np.int64]:
-        return self._generator.random_raw(2 * blocks).view(np.int64).reshape(blocks, 2)
+        words = np.random.Philox(key=key, counter=counter).random_raw(2 * (blocks + second_half))
+        return words.view(np.int64).reshape(-1, 2)[second_half:]
