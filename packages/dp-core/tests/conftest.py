@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from veilspan.core.testing.oracle import Batch
 
 VOCABULARY = 61

@@ -1,4 +1,4 @@
-"""The user's model while a private step holds it: patched sites, and the micro-batch in progress."""
+"""The user's model while a private step holds it: patched sites, the micro-batch in progress."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Clip:
 
 @dataclass(frozen=True, kw_only=True)
 class Automatic:
-    """Normalise every gradient to almost the threshold: `C/(n + gamma)` (AUTO-S; gamma 0 is AUTO-V).
+    """Normalise every gradient to about the threshold: `C/(n + gamma)` (AUTO-S; γ = 0 is AUTO-V).
 
     Source: Bu, Wang, Zha, Karypis (2023), https://arxiv.org/abs/2206.07136.
 

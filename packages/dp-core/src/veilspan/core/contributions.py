@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from veilspan.core.norms import compute_dtype, rounding_guard, sq_norm, sq_norm_B
+from veilspan.core.norms import compute_dtype, rounding_guard, sq_norm, sq_norms
 from veilspan.core.protocols import NormKernel
 
 NormChoice = Callable[[int, int, int], str]
@@ -28,7 +28,7 @@ class Contribution(Protocol):
         """Return the gradient of each sample, `[B, *parameter]`."""
         ...
 
-    def sq_norm_B(self, choose: NormChoice) -> Tensor:
+    def sq_norms(self, choose: NormChoice) -> Tensor:
         """Return the squared norm of each sample's gradient, `[B]` fp64."""
         ...
 
@@ -49,10 +49,10 @@ class OuterProducts:
         """Return GᵀA per sample, `[B, O, I]`."""
         return self.kernel.per_sample_grad(self.act_BTI, self.grad_BTO)
 
-    def sq_norm_B(self, choose: NormChoice) -> Tensor:
+    def sq_norms(self, choose: NormChoice) -> Tensor:
         """Return ‖GᵀA‖² per sample by the form that `choose` names for this shape."""
-        shape = (*self.act_BTI.shape[1:], self.grad_BTO.shape[2])
-        gram = choose(*shape) == "gram"
+        _, length, inputs = self.act_BTI.shape
+        gram = choose(length, inputs, self.grad_BTO.shape[2]) == "gram"
         form = self.kernel.sq_norm_gram if gram else self.kernel.sq_norm_direct
         return form(self.act_BTI, self.grad_BTO)
 
@@ -72,9 +72,9 @@ class RowSums:
         dtype = compute_dtype(self.rows_BTn.dtype)
         return self.rows_BTn.sum(1, dtype=dtype)
 
-    def sq_norm_B(self, choose: NormChoice) -> Tensor:
+    def sq_norms(self, choose: NormChoice) -> Tensor:
         """Return the squared norm of the sums; `choose` makes no difference to a vector."""
-        return sq_norm_B(self.per_sample())
+        return sq_norms(self.per_sample())
 
     def weighted(self, factor_B: Tensor) -> Tensor:
         """Return Σ_b factor_b · Σ_t r_bt from the very sums that the norm was taken of."""
@@ -97,7 +97,7 @@ class Lookups:
         table.index_add_(0, (self.ids_BT + sample).flatten(), self.grad_BTD.flatten(0, 1))
         return table.view(batch, self.rows, width)
 
-    def sq_norm_B(self, choose: NormChoice) -> Tensor:
+    def sq_norms(self, choose: NormChoice) -> Tensor:
         """Return the squared norm over the distinct tokens of each sample; no `[V, D]` buffer."""
         dtype = compute_dtype(self.grad_BTD.dtype)
         guard = rounding_guard(self.ids_BT.shape[1], dtype)

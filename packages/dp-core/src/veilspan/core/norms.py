@@ -34,7 +34,7 @@ def sq_norm(values: Tensor) -> Tensor:
     )
 
 
-def sq_norm_B(values_Bx: Tensor) -> Tensor:
+def sq_norms(values_Bx: Tensor) -> Tensor:
     """Return Σ values² of each sample, `[B]` fp64; `values_Bx` is `[B, …]`."""
     return torch.stack([sq_norm(value) for value in values_Bx.unbind(0)])
 
@@ -53,7 +53,7 @@ def _row_norms(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=-1, dtype=compute_dtype(rows.dtype)).double()
 
 
-def magnitude_B(act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
+def magnitudes(act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
     """Return Σ_t ‖a_t‖‖g_t‖ per sample, `[B]` fp64: what the norm would be without cancellation."""
     return (_row_norms(act_BTI) * _row_norms(grad_BTO)).sum(1)
 
@@ -75,7 +75,7 @@ class BlockedKernel:
 
     def sq_norm_direct(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
         """Return ‖GᵀA‖² per sample, `[B]` fp64, in blocks of output rows."""
-        guard_B = rounding_guard(act_BTI.shape[1], act_BTI.dtype) * magnitude_B(act_BTI, grad_BTO)
+        guard_B = rounding_guard(act_BTI.shape[1], act_BTI.dtype) * magnitudes(act_BTI, grad_BTO)
         return self._direct(act_BTI, grad_BTO) + guard_B.square()
 
     def sq_norm_gram(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class BlockedKernel:
         Source: Goodfellow (2015), https://arxiv.org/abs/1510.01799; Li et al. (2022),
         https://arxiv.org/abs/2110.05679.
         """
-        size_B = magnitude_B(act_BTI, grad_BTO)
+        size_B = magnitudes(act_BTI, grad_BTO)
         sq_B = self._gram(act_BTI, grad_BTO)
         hidden_B = sq_B < GRAM_CANCELLATION * size_B.square()
         if bool(hidden_B.any()):

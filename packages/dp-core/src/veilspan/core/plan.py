@@ -75,6 +75,14 @@ class StrategyPlan:
             return self.norms
         return cheaper_norm((length, inputs, outputs), self.rates)
 
+    def path_of(self, parameter: nn.Parameter) -> str:
+        """Return the rules that produce a parameter's norm, or the strategy that needs none."""
+        if not self.may_tap:
+            return "single_sample"
+        owners = [m for m in self.modules if any(p is parameter for p in m.parameters.values())]
+        kinds = dict.fromkeys(m.rule.name for m in owners if m.rule is not None)
+        return " + ".join(kinds)
+
     def table(self, lengths: dict[str, int]) -> str:
         """Return the choices as text: strategies per shape, then a line per module.
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-import torch
 from torch import Tensor, nn
 
 from veilspan.core.attachment import Attachment
 from veilspan.core.backward import STRATEGIES, Workspace
+from veilspan.core.checks import check_losses, check_numbers
 from veilspan.core.clipping import Flat
 from veilspan.core.errors import PrivacyError
 from veilspan.core.noise import GaussianNoise, new_key
@@ -106,7 +106,7 @@ class PrivateStep:
         on_release: Callable[[Release], None] | None = None,
         first_step: int = 0,
     ) -> None:
-        _check_numbers(clipping, noise_multiplier, expected_batch_size, first_step)
+        check_numbers(clipping, noise_multiplier, expected_batch_size, first_step)
         refuse_cross_sample_layers(model)
         self.clipping = clipping
         self.noise_multiplier = float(noise_multiplier)
@@ -188,7 +188,7 @@ class PrivateStep:
                 "step.backward was called outside of `with step:`. One block is one logical batch: "
                 "one noise draw, one release."
             )
-        _check_losses(losses_B)
+        check_losses(losses_B)
         if len(losses_B) == 0:
             self._attachment.end_micro_batch()
             return
@@ -204,6 +204,25 @@ class PrivateStep:
         finally:
             self._attachment.end_micro_batch()
 
+    @property
+    def model(self) -> nn.Module:
+        """The model that this step is attached to."""
+        return self._model
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Trainable parameters by the name that addresses their noise."""
+        return self._attachment.owned
+
+    @property
+    def takes_single_samples(self) -> bool:
+        """Whether every micro-batch must hold one record."""
+        return not self._plan.may_tap
+
+    def path_of(self, parameter: nn.Parameter) -> str:
+        """Return the rule that produces this parameter's norm, or the strategy that needs none."""
+        return self._plan.path_of(parameter)
+
     def explain(self) -> str:
         """Return the strategy of each shape seen, and the path of each trainable module."""
         lengths = {site.name: math.prod(site.last_shape[1:-1]) for site in self._attachment.sites}
@@ -217,7 +236,7 @@ class PrivateStep:
     def _probe_separability(self, losses_B: Tensor) -> None:
         """Once, on the first micro-batch of two or more: loss 0 must not reach another record."""
         batch = self._attachment.micro_batch
-        if self._separable or batch is None or batch.size < 2:  # noqa: PLR2004
+        if self._separable or batch is None or batch.size < 2:
             return
         batch.differentiate(losses_B[0], Pass.PROBE, keep_graph=True)
         self._attachment.require_owned_gradients_only()
@@ -279,43 +298,3 @@ class PrivateStep:
                 f"Parameter '{stale[0]}' holds a .grad {when} that this step did not make; it "
                 f"would be added to the private gradient. Use {way_out} and no other backward."
             )
-
-
-def _check_numbers(
-    clipping: Flat, noise_multiplier: float, expected_batch_size: float, first_step: int
-) -> None:
-    if not isinstance(clipping, Flat):
-        raise ValueError(f"clipping is {clipping!r}; pass Flat(clip_norm=...).")
-    if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
-        raise ValueError(f"noise_multiplier is {noise_multiplier}; it must be finite and ≥ 0.")
-    if noise_multiplier > 0 and math.isinf(clipping.clip_norm):
-        raise ValueError(
-            "clip_norm is infinite with noise_multiplier > 0: no noise hides an unbounded "
-            "gradient. Set a finite clip_norm, or noise_multiplier=0 for training without privacy."
-        )
-    if not (math.isfinite(expected_batch_size) and expected_batch_size > 0):
-        raise ValueError(
-            f"expected_batch_size is {expected_batch_size}; it must be a positive public constant, "
-            "sampling_probability * num_records."
-        )
-    if first_step < 0:
-        raise ValueError(f"first_step is {first_step}; it must be at least 0.")
-
-
-def _check_losses(losses_B: Tensor) -> None:
-    if not torch.is_tensor(losses_B) or losses_B.ndim != 1 or not losses_B.is_floating_point():
-        got = (
-            f"a tensor of shape {tuple(losses_B.shape)} and dtype {losses_B.dtype}"
-            if torch.is_tensor(losses_B)
-            else type(losses_B).__name__
-        )
-        raise PrivacyError(
-            f"losses_B is {got}; it must be one floating-point loss per record, shape [B]. A batch "
-            "mean hides who contributed what. For a language model use "
-            "veilspan.core.losses.causal_lm_losses(logits, labels)."
-        )
-    if len(losses_B) and not losses_B.requires_grad:
-        raise PrivacyError(
-            "losses_B does not require grad: the model ran under torch.no_grad(), or no trainable "
-            "parameter takes part in the loss."
-        )

@@ -111,7 +111,7 @@ class Site:
         return TapFunction.apply(self, batch, inputs, batch.norm_tap, *taps)
 
     def _samples_first(self, inputs: Tensor, size: int) -> Tensor:
-        if inputs.ndim >= 2:  # noqa: PLR2004
+        if inputs.ndim >= 2:
             if inputs.shape[0] == size:
                 return inputs
             if inputs.shape[0] == 1:  # positions shared by the batch, as in GPT-2
@@ -137,8 +137,9 @@ class TapFunction(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         """Return the input gradient and what the running pass wants of each tap."""
+        (grad_output,) = grad_outputs
         site, batch = ctx.site, ctx.batch
         (inputs,) = ctx.saved_tensors
         if batch.running is None:
@@ -168,7 +169,7 @@ def _tap_gradients(
         if batch.wants_sample(key):
             sample = part.per_sample().to(batch.sample_taps[key].dtype)
         elif batch.running is Pass.NORM:
-            own_B = part.sq_norm_B(batch.norm_method)
+            own_B = part.sq_norms(batch.norm_method)
             sq_norm_B = own_B if sq_norm_B is None else sq_norm_B + own_B
         elif batch.running is Pass.SUM and batch.uses[key] == 1:
             assert batch.factor_B is not None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from veilspan.core.backward.base import Workspace
 from veilspan.core.backward.single_sample import STORED_SLACK
-from veilspan.core.norms import sq_norm_B
+from veilspan.core.norms import sq_norms
 from veilspan.core.taps import Pass
 
 
@@ -28,7 +28,7 @@ class PerSample:
         taps = [(name, batch.sample_taps[id(p)]) for name, p in attachment.owned.items()]
         for _, tap in taps:
             if tap.grad is not None:
-                sq_B += sq_norm_B(tap.grad)
+                sq_B += sq_norms(tap.grad)
         factor_B = work.clipping.factors(sq_B, slack=work.slack(fp32=STORED_SLACK))
         for name, tap in taps:
             if tap.grad is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from veilspan.core.backward.base import Workspace
-from veilspan.core.norms import sq_norm_B
+from veilspan.core.norms import sq_norms
 from veilspan.core.taps import Pass
 
 SLACK = 2.0**-18
@@ -40,7 +40,7 @@ class TwoPass:
         shared = [(n, batch.sample_taps[id(p)]) for n, p in attachment.owned.items()]
         for _, tap in shared:
             if tap.grad is not None:
-                sq_B += sq_norm_B(tap.grad)
+                sq_B += sq_norms(tap.grad)
         batch.factor_B = work.clipping.factors(sq_B, slack=work.slack(fp32=SLACK))
         batch.differentiate(loss, Pass.SUM)
         for name, tap in shared:

@@ -38,8 +38,8 @@ class EmbeddingRule:
         padding = getattr(module, "padding_idx", None)
         if padding is not None:
             grad_BTD = grad_BTD.masked_fill((ids_BT == padding)[..., None], 0.0)
-        rows = module.weight.shape[0]  # pyright: ignore[reportAttributeAccessIssue]
-        return {"weight": Lookups(ids_BT=ids_BT, grad_BTD=grad_BTD, rows=rows)}
+        assert isinstance(module, nn.Embedding)
+        return {"weight": Lookups(ids_BT=ids_BT, grad_BTD=grad_BTD, rows=len(module.weight))}
 
 
 def embedding_rule(module: nn.Module, name: str) -> EmbeddingRule | None:

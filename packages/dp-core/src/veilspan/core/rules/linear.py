@@ -51,7 +51,7 @@ def linear_rule(module: nn.Module, kernel: NormKernel) -> LinearRule | None:
         return LinearRule(kernel=kernel)
     own = own_parameters(module)
     weight, bias = own.get("weight"), own.get("bias")
-    if weight is None or weight.ndim != 2 or not set(own) <= {"weight", "bias"}:  # noqa: PLR2004
+    if weight is None or weight.ndim != 2 or not set(own) <= {"weight", "bias"}:
         return None
     for transposed in (False, True):
         matrix = weight if transposed else weight.mT

@@ -1,0 +1,61 @@
+"""Bad input of a private step, refused before anything is released."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from veilspan.core.clipping import Flat
+from veilspan.core.errors import PrivacyError
+
+
+def check_numbers(
+    clipping: Flat, noise_multiplier: float, expected_batch_size: float, first_step: int
+) -> None:
+    """Refuse numbers outside of their range.
+
+    Raises:
+        ValueError: Naming the argument, its value, what is allowed, and the way out.
+    """
+    if not isinstance(clipping, Flat):
+        raise ValueError(f"clipping is {clipping!r}; pass Flat(clip_norm=...).")
+    if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
+        raise ValueError(f"noise_multiplier is {noise_multiplier}; it must be finite and ≥ 0.")
+    if noise_multiplier > 0 and math.isinf(clipping.clip_norm):
+        raise ValueError(
+            "clip_norm is infinite with noise_multiplier > 0: no noise hides an unbounded "
+            "gradient. Set a finite clip_norm, or noise_multiplier=0 for training without privacy."
+        )
+    if not (math.isfinite(expected_batch_size) and expected_batch_size > 0):
+        raise ValueError(
+            f"expected_batch_size is {expected_batch_size}; it must be a positive public constant, "
+            "sampling_probability * num_records."
+        )
+    if first_step < 0:
+        raise ValueError(f"first_step is {first_step}; it must be at least 0.")
+
+
+def check_losses(losses_B: Tensor) -> None:
+    """Refuse anything but one differentiable loss per record.
+
+    Raises:
+        PrivacyError: Naming what was given and the way out.
+    """
+    if not torch.is_tensor(losses_B) or losses_B.ndim != 1 or not losses_B.is_floating_point():
+        got = (
+            f"a tensor of shape {tuple(losses_B.shape)} and dtype {losses_B.dtype}"
+            if torch.is_tensor(losses_B)
+            else type(losses_B).__name__
+        )
+        raise PrivacyError(
+            f"losses_B is {got}; it must be one floating-point loss per record, shape [B]. A batch "
+            "mean hides who contributed what. For a language model use "
+            "veilspan.core.losses.causal_lm_losses(logits, labels)."
+        )
+    if len(losses_B) and not losses_B.requires_grad:
+        raise PrivacyError(
+            "losses_B does not require grad: the model ran under torch.no_grad(), or no trainable "
+            "parameter takes part in the loss."
+        )
