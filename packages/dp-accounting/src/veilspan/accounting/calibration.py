@@ -113,7 +113,7 @@ def _narrow(
         return math.log((epsilon(math.exp(log_sigma)) + 1e-12) / target)
 
     ends = math.log(low), math.log(high)
-    log_root: Any = brentq(miss, *ends, xtol=_PRECISION, rtol=1e-12)
+    log_root: Any = brentq(miss, *ends, xtol=_PRECISION)
     root = math.exp(log_root)
     enough = root
     while epsilon(enough) > target:

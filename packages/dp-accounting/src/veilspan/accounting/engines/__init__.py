@@ -1,4 +1,8 @@
-"""Engines that bound the ε of a mechanism, behind one protocol."""
+"""Engines that bound the ε of a mechanism, behind one protocol.
+
+`PrvEngine` is in `veilspan.accounting.engines.prv`: it imports prv-accountant, which takes longer
+than most questions.
+"""
 
 from veilspan.accounting.engines.certified import CertifiedEngine
 from veilspan.accounting.engines.pld import PldEngine

@@ -70,7 +70,5 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     high = max(mu, mu**2)
     while gaussian_log_delta(high, mu) > target:
         high *= 2
-    root: Any = brentq(
-        lambda e: gaussian_log_delta(e, mu) - target, 0.0, high, xtol=1e-300, rtol=1e-14
-    )
+    root: Any = brentq(lambda e: gaussian_log_delta(e, mu) - target, 0.0, high, xtol=1e-300)
     return float(root)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.special import gammaln, logsumexp
@@ -12,7 +13,7 @@ from veilspan.accounting.bounds import EpsilonBounds
 from veilspan.accounting.engines.closed_form import closed_form
 from veilspan.accounting.mechanism import SampledGaussian
 
-_ORDERS = np.unique(
+ORDERS = np.unique(
     np.concatenate([np.arange(2, 65), np.geomspace(65, 20_000, 60).astype(np.int64)])
 )
 _MARGIN = 1e-9
@@ -33,7 +34,7 @@ class RdpEngine:
         exact = closed_form(mechanism, delta)
         if exact is not None:
             return exact
-        upper = max(0.0, min(_epsilon_at(int(order), mechanism, delta) for order in _ORDERS))
+        upper = max(0.0, min(_epsilon_at(int(order), mechanism, delta) for order in ORDERS))
         return EpsilonBounds(
             lower=0.0,
             estimate=upper,
@@ -66,4 +67,5 @@ def log_moment(order: int, mechanism: SampledGaussian) -> float:
         log_excess = np.where(
             exponent > 0, exponent + np.log(-np.expm1(-np.maximum(exponent, 0))), -np.inf
         )
-    return float(np.logaddexp(0.0, logsumexp(log_weight + log_excess)))
+    log_total: Any = logsumexp(log_weight + log_excess)
+    return float(np.logaddexp(0.0, log_total))

@@ -1,0 +1,205 @@
+"""Accounting on the command line: `python -m veilspan.accounting`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, NoReturn
+
+from veilspan.accounting.bounds import round_up
+from veilspan.accounting.calibration import calibrate_noise
+from veilspan.accounting.chain import LedgerError
+from veilspan.accounting.engines import (
+    CertifiedEngine,
+    Engine,
+    EngineError,
+    PldEngine,
+    RdpEngine,
+)
+from veilspan.accounting.ledger import Ledger
+from veilspan.accounting.plan import PrivacyPlan
+from veilspan.accounting.plotting import plot_epsilon
+
+_ENGINES = ("certified", "pld", "prv", "rdp")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, or 2 after a one-line message on stderr."""
+    options = _parser().parse_args(arguments)
+    try:
+        report, text = options.command(options)
+    except (ValueError, LedgerError, EngineError, ModuleNotFoundError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(
+        json.dumps(_finite(report), ensure_ascii=False, allow_nan=False) if options.json else text
+    )
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Print one line instead of the whole usage."""
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m veilspan.accounting", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    epsilon = commands.add_parser("epsilon", help="ε of a number of steps with given noise")
+    epsilon.set_defaults(command=_epsilon)
+    _add_noise(epsilon)
+    _add_sampling(epsilon)
+    epsilon.add_argument("--engine", choices=_ENGINES, default="certified")
+
+    noise = commands.add_parser("noise", help="least noise multiplier that keeps a target ε")
+    noise.set_defaults(command=_noise)
+    noise.add_argument("--target-epsilon", type=_number, required=True, metavar="EPS")
+    _add_sampling(noise)
+
+    plot = commands.add_parser("plot", help="picture of ε over steps")
+    plot.set_defaults(command=_plot)
+    _add_noise(plot)
+    _add_sampling(plot)
+    plot.add_argument("--output", required=True, metavar="FILE", help="PNG, SVG or PDF to write")
+    plot.add_argument("--budget-epsilon", type=_number, metavar="EPS", help="line to draw")
+
+    ledger = commands.add_parser("ledger", help="verify a ledger and say what it has spent")
+    ledger.set_defaults(command=_ledger)
+    ledger.add_argument("file", metavar="FILE")
+    for command in (epsilon, noise, plot, ledger):
+        command.add_argument("--json", action="store_true", help="print one line of JSON")
+    return parser
+
+
+def _add_noise(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--noise-multiplier", type=_number, required=True, metavar="SIGMA")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sampling-probability", type=_number, required=True, metavar="Q", help="0.001 or 1/1000"
+    )
+    parser.add_argument("--steps", type=int, required=True, metavar="T")
+    parser.add_argument("--delta", type=_number, required=True, metavar="DELTA")
+
+
+def _number(text: str) -> float:
+    """Read a number or a fraction such as 1/512."""
+    try:
+        return float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
+
+
+def _plan(options: argparse.Namespace) -> PrivacyPlan:
+    return PrivacyPlan(
+        noise_multiplier=options.noise_multiplier,
+        sampling_probability=options.sampling_probability,
+        steps=options.steps,
+        delta=options.delta,
+    )
+
+
+def _epsilon(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    plan = _plan(options)
+    bounds = plan.epsilon(engine=_engine(options.engine))
+    report = {
+        "epsilon": bounds.upper,  # what may be reported
+        "epsilon_lower": bounds.lower,
+        "epsilon_estimate": bounds.estimate,
+        "epsilon_upper": bounds.upper,
+        "delta": bounds.delta,
+        "direction": bounds.direction,
+        "method": bounds.method,
+        "noise_multiplier": plan.noise_multiplier,
+        "sampling_probability": plan.sampling_probability,
+        "steps": plan.steps,
+        "relation": plan.relation,
+    }
+    text = f"{bounds}\nexact ε is at least {bounds.lower:.6g}; method: {bounds.method}"
+    return report, text
+
+
+def _engine(name: str) -> Engine:
+    if name == "prv":  # imported only where it is asked for, as it is slow to import
+        from veilspan.accounting.engines.prv import PrvEngine
+
+        return PrvEngine()
+    return {"certified": CertifiedEngine, "pld": PldEngine, "rdp": RdpEngine}[name]()
+
+
+def _noise(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    bracket = calibrate_noise(
+        target_epsilon=options.target_epsilon,
+        delta=options.delta,
+        sampling_probability=options.sampling_probability,
+        steps=options.steps,
+    )
+    report = {
+        "noise_multiplier": bracket.noise_multiplier,
+        "noise_multiplier_too_small": bracket.too_small,
+        "epsilon": bracket.epsilon,
+        "target_epsilon": options.target_epsilon,
+        "delta": options.delta,
+        "sampling_probability": options.sampling_probability,
+        "steps": options.steps,
+    }
+    text = (
+        f"noise multiplier {round_up(bracket.noise_multiplier, 6)}\n"
+        f"ε ≤ {round_up(bracket.epsilon)} at δ = {options.delta:g}"
+    )
+    return report, text
+
+
+def _plot(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    plan = _plan(options)
+    path = plot_epsilon(plan, options.output, budget_epsilon=options.budget_epsilon)
+    return {"file": str(path)}, f"wrote {path}"
+
+
+def _ledger(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    with Ledger.open(options.file, read_only=True) as ledger:
+        spent = ledger.spent()
+        report = {
+            "run_id": ledger.run_id,
+            "releases": ledger.releases,
+            "torn_lines": sum(entry.torn for entry in ledger.entries),
+            "epsilon": spent.upper,
+            "epsilon_lower": spent.lower,
+            "epsilon_estimate": spent.estimate,
+            "epsilon_upper": spent.upper,
+            "delta": spent.delta,
+            "budget_epsilon": ledger.budget_epsilon,
+            "most_releases": ledger.most_releases,
+            "plan": ledger.plan.to_dict(),
+            "plan_digest": ledger.plan.digest,
+        }
+        budget = (
+            "no budget"
+            if ledger.budget_epsilon is None
+            else f"budget ε = {ledger.budget_epsilon:g}, in all {ledger.most_releases} releases"
+        )
+    text = (
+        f"run {report['run_id']}: {report['releases']} releases "
+        f"({report['torn_lines']} torn lines counted), chain intact\nspent {spent}; {budget}"
+    )
+    return report, text
+
+
+def _finite(report: dict[str, Any]) -> dict[str, Any]:
+    """Write infinities as text, which JSON has no number for."""
+    return {
+        name: str(value) if isinstance(value, float) and math.isinf(value) else value
+        for name, value in report.items()
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
