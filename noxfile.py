@@ -39,6 +39,8 @@ EXTRAS = {"accounting": "[plot]", "core": "", "parallel": "[hf]", "trainer": "[a
 EDITABLE = [part for name, path in PACKAGES.items() for part in ("-e", f"{path}{EXTRAS[name]}")]
 
 CONSTRAINTS = str(ROOT / os.environ.get("VEILSPAN_CONSTRAINTS", "constraints/cpu.txt"))
+# Compiling all of torch and transformers takes longer than compiling what a session imports.
+PIP_INSTALL = ["-m", "pip", "install", "-q", "--no-compile", "-c", CONSTRAINTS]
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # One thread per worker: two workers with two threads each are slower than two with one.
 TEST_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -148,7 +150,7 @@ def bench(session: nox.Session, name: str) -> None:
     if not scripts:
         session.skip(f"{name} has no benchmarks")
     python = workbench(session)
-    run(session, python, "-m", "pip", "install", "-q", "-c", CONSTRAINTS, *requirements("bench"))
+    run(session, python, *PIP_INSTALL, *requirements("bench"))
     for script in scripts:
         result = f"benchmarks/results/{name}_{script.stem.removeprefix('bench_')}.json"
         run(session, python, str(script), "--output", result, *session.posargs)
@@ -190,7 +192,7 @@ def environment(session: nox.Session, name: str, packages: list[str], *, torch: 
     run(session, sys.executable, "-m", "venv", "--clear", str(folder))
     if torch:
         install_torch(session, str(python))
-    run(session, str(python), "-m", "pip", "install", "-q", "-c", CONSTRAINTS, *packages)
+    run(session, str(python), *PIP_INSTALL, *packages)
     stamp.write_text(wanted)
     return str(python)
 
@@ -204,8 +206,7 @@ def install_torch(session: nox.Session, python: str) -> None:
     """
     index = ["--extra-index-url", CPU_INDEX, "--retries", "1", "--timeout", "30"]
     options = index if Path(CONSTRAINTS).name == "cpu.txt" else []
-    command = ["-m", "pip", "install", "-q", "--no-deps", *options, "-c", CONSTRAINTS]
-    run(session, python, *command, "torch")
+    run(session, python, *PIP_INSTALL, "--no-deps", *options, "torch")
 
 
 def requirements(*names: str) -> list[str]:
