@@ -111,7 +111,7 @@ def docs(session: nox.Session) -> None:
     """Build the site, with every warning an error; `-- serve` previews it."""
     python = tools(session)
     command = ["serve"] if "serve" in session.posargs else ["build", "--strict"]
-    run(session, python, "-m", "mkdocs", *command)
+    run(session, python, "-m", "mkdocs", *command, env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session(reuse_venv=False)

@@ -155,6 +155,16 @@ def test_every_module_says_its_purpose_first(name: str) -> None:
     assert silent == []
 
 
+def test_docstring_examples_have_the_heading_that_the_site_renders_as_code() -> None:
+    other = [
+        str(path.relative_to(ROOT))
+        for name in PACKAGES
+        for path in source(name).rglob("*.py")
+        if re.search(r"^ *Example:$", path.read_text(encoding="utf-8"), re.M)
+    ]
+    assert other == []  # write "Examples:"
+
+
 @pytest.mark.parametrize(
     ("pattern", "suffixes"),
     [
