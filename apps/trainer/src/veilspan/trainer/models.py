@@ -37,15 +37,26 @@ def build_model(
         ModelError: If the model cannot be built or loaded, or does not fit tokenizer and data.
     """
     config = model_config(recipe, tokenizer)
+    dtype = _frozen_dtype(recipe)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.run.seed)
         if recipe.model.path is not None:
-            model = _load(recipe.model.path, config, _frozen_dtype(recipe), attn_implementation)
+            model = _load(recipe.model.path, config, dtype, attn_implementation)
         else:
-            model = _create(config, _frozen_dtype(recipe), attn_implementation)
+            model = _create(config, dtype, attn_implementation)
         if recipe.model.lora is not None:
             model = _adapt(model, recipe.model.lora)
     return model.train()
+
+
+def sketch_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    """Return the model of a recipe with random weights only; meant for the meta device.
+
+    Raises:
+        ModelError: If the model cannot be built, or does not fit tokenizer and data.
+    """
+    model = _create(model_config(recipe, tokenizer), _frozen_dtype(recipe), "sdpa")
+    return model if recipe.model.lora is None else _adapt(model, recipe.model.lora)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -1,0 +1,75 @@
+"""Privacy section of a recipe, together with the number of units, turned into a plan."""
+
+from __future__ import annotations
+
+from veilspan.accounting import PrivacyPlan
+from veilspan.trainer.errors import RecipeError
+from veilspan.trainer.recipe import Recipe
+from veilspan.trainer.sections import Privacy
+
+_STREAMS = {"aes": "aes-ctr", "philox": "philox"}
+
+
+def privacy_plan(recipe: Recipe, num_records: int) -> PrivacyPlan:
+    """Return the plan that sampler, noise, ledger and statement of a run are built from.
+
+    Args:
+        recipe: The recipe.
+        num_records: Number N of protected units, treated as public.
+
+    Raises:
+        RecipeError: If the numbers contradict each other or the target cannot be reached.
+
+    Guarantee:
+        Sampling probability and expected batch size are functions of the recipe and N alone,
+        never of a batch that was drawn.
+    """
+    privacy = recipe.privacy
+    probability = _sampling_probability(privacy, num_records)
+    settings = {
+        "delta": _delta(privacy, num_records),
+        "sampling_probability": probability,
+        "steps": privacy.steps,
+        "clip_norm": privacy.clip_norm,
+        "expected_batch_size": probability * num_records,
+        "unit": recipe.data.unit,
+        "noise_stream": _STREAMS[privacy.noise],
+    }
+    if privacy.noise_multiplier is not None:
+        return PrivacyPlan(noise_multiplier=privacy.noise_multiplier, **settings)
+    assert privacy.target_epsilon is not None  # Privacy refuses neither of the two
+    try:
+        return PrivacyPlan.calibrate(target_epsilon=privacy.target_epsilon, **settings)
+    except ValueError as error:
+        raise RecipeError(
+            f"No noise fits privacy.target_epsilon = {privacy.target_epsilon:g}: {error}"
+        ) from error
+
+
+def _sampling_probability(privacy: Privacy, num_records: int) -> float:
+    if privacy.sampling_probability is not None:
+        return privacy.sampling_probability
+    assert privacy.expected_batch_size is not None  # Privacy refuses neither of the two
+    if privacy.expected_batch_size > num_records:
+        raise RecipeError(
+            f"privacy.expected_batch_size is {privacy.expected_batch_size:g}, but there are only "
+            f"{num_records} units; set it to at most {num_records}."
+        )
+    return privacy.expected_batch_size / num_records
+
+
+def _delta(privacy: Privacy, num_records: int) -> float:
+    if num_records < 2:
+        raise RecipeError(
+            f"There is only {num_records} unit to train on, so nothing can hide among others; "
+            "train on more, or split data.train into the units that are to be protected."
+        )
+    if isinstance(privacy.delta, str):
+        return num_records**-1.1
+    if privacy.delta >= 1 / num_records:
+        raise RecipeError(
+            f"privacy.delta is {privacy.delta:g}, but it must be below 1/N = "
+            f"{1 / num_records:.3g} for N = {num_records} units: above that, publishing whole "
+            'units at random would count as private. Set it lower, or to "auto".'
+        )
+    return privacy.delta

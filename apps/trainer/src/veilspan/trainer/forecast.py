@@ -1,0 +1,162 @@
+"""What a run will cost in privacy, memory and time, before anything is trained."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from veilspan.accounting import EpsilonBounds, PrivacyPlan
+from veilspan.trainer.budget import privacy_plan
+from veilspan.trainer.data import open_records
+from veilspan.trainer.model_cost import ModelCost, count_cost
+from veilspan.trainer.recipe import Recipe
+from veilspan.trainer.tokenizer import load_tokenizer
+
+EFFICIENCY = 0.5
+"""Share of the speed of bare matrix products that training reaches; a round figure."""
+
+_BENCHMARK_SECONDS = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """Cost of a run.
+
+    Attributes:
+        plan: Numbers that the guarantee depends on.
+        epsilon: ε at the end of the run.
+        num_records: Units N.
+        model: Cost of the model.
+        memory: Bytes of each process by purpose, tensors only.
+        processes: Number of processes.
+        flops_per_second: Measured speed of matrix products of one process.
+        seconds: Estimated duration of all steps, when every unit has full length.
+    """
+
+    plan: PrivacyPlan
+    epsilon: EpsilonBounds
+    num_records: int
+    model: ModelCost
+    memory: dict[str, int]
+    processes: int
+    flops_per_second: float
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain numbers and texts."""
+        return {
+            "privacy": {**self.plan.to_dict(), **self.epsilon.to_dict()},
+            "num_records": self.num_records,
+            "model": asdict(self.model),
+            "memory_bytes_per_process": {**self.memory, "total": sum(self.memory.values())},
+            "processes": self.processes,
+            "flops_per_second_per_process": self.flops_per_second,
+            "seconds": self.seconds,
+        }
+
+
+def make_forecast(recipe: Recipe) -> Forecast:
+    """Compute the cost of a run; reads the data's size, builds no model and trains nothing.
+
+    Raises:
+        TrainerError: If recipe, data or model do not fit together.
+    """
+    tokenizer = load_tokenizer(recipe)
+    records = open_records(recipe, tokenizer)
+    plan = privacy_plan(recipe, len(records))
+    cost = count_cost(recipe, tokenizer)
+    speed = _measured_speed(recipe, cost)
+    return Forecast(
+        plan=plan,
+        epsilon=plan.epsilon(),
+        num_records=len(records),
+        model=cost,
+        memory=memory_forecast(recipe, cost),
+        processes=recipe.processes,
+        flops_per_second=speed,
+        seconds=flops_per_sequence(recipe, cost)
+        * plan.sampling_probability
+        * len(records)
+        * plan.steps
+        / (EFFICIENCY * speed * recipe.processes),
+    )
+
+
+def memory_forecast(recipe: Recipe, cost: ModelCost) -> dict[str, int]:
+    """Return the bytes that one process needs, by purpose; tensors only.
+
+    Parameters and everything of their shape are split over the processes of one sequence, and so
+    are the tokens. Whole weights exist for one block at a time.
+    """
+    ranks = recipe.parallel.context
+    state = 4 * cost.trainable // ranks  # float32, whatever the model's dtype
+    sequences = recipe.compute.microbatch_size
+    memory = {
+        "parameters": cost.parameter_bytes // ranks,
+        "gradients": state * (sequences if recipe.compute.backward == "per_sample" else 1),
+        "clipped sums": state,
+        "optimizer": 2 * state,
+        "activations": sequences * _activations(recipe, cost) // ranks,
+        "logits": 2 * sequences * cost.logits_bytes // ranks,  # with their gradient
+    }
+    if ranks > 1:
+        memory["whole block"] = 2 * cost.block_bytes  # weights and gradient
+    return memory
+
+
+def flops_per_sequence(recipe: Recipe, cost: ModelCost) -> int:
+    """Return the operations to train on one unit of full length.
+
+    A backward pass costs two forward passes: one for the gradient of the inputs, one for that of
+    the weights, which frozen weights do not need. Recomputed activations cost one more.
+    """
+    passes = 2 + (cost.trainable == cost.parameters)
+    passes += recipe.compute.checkpointing == "full"
+    return passes * cost.forward_flops
+
+
+def _activations(recipe: Recipe, cost: ModelCost) -> int:
+    if recipe.compute.checkpointing == "none":
+        return cost.saved_bytes
+    between_blocks = cost.sequence_length * cost.hidden_size * cost.element_bytes * cost.blocks
+    return between_blocks + cost.saved_bytes // max(1, cost.blocks)
+
+
+def _measured_speed(recipe: Recipe, cost: ModelCost) -> float:
+    """Return operations per second of one process, when all of this machine's work at once."""
+    on_gpu = recipe.compute.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    rows, width = (4096, 4096) if on_gpu else (256, 1024)  # large ones take minutes on a CPU
+    rows = max(16, min(rows, cost.sequence_length // recipe.parallel.context))
+    width = min(width, cost.hidden_size)
+    dtype = getattr(torch, recipe.model.dtype)
+    left = torch.randn(rows, width, device=device).to(dtype)
+    right = torch.randn(width, 4 * width, device=device).to(dtype)
+    speed = _matmul_speed(left, right)
+    if on_gpu:
+        return speed
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = recipe.compute.threads or max(1, (cores or 1) // recipe.processes)
+    busy = max(1.0, threads * recipe.processes / (cores or 1))
+    return speed / torch.get_num_threads() * threads / busy
+
+
+def _matmul_speed(left: torch.Tensor, right: torch.Tensor) -> float:
+    flops = 2 * left.shape[0] * left.shape[1] * right.shape[1]
+    torch.mm(left, right)  # warm-up
+    _synchronize(left.device)
+    products, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < _BENCHMARK_SECONDS:
+        torch.mm(left, right)
+        _synchronize(left.device)
+        products += 1
+    return products * flops / elapsed
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

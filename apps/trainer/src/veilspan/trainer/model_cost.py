@@ -1,0 +1,124 @@
+"""Size of a model and of one forward pass, counted on tensors that have shapes but no data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import PreTrainedTokenizerBase
+
+from veilspan.trainer.models import count_parameters, sketch_model
+from veilspan.trainer.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCost:
+    """What the model of a recipe consists of and what one sequence costs.
+
+    Attributes:
+        parameters: All parameters; a tied one counts once.
+        trainable: Parameters that are trained.
+        parameter_bytes: Memory of all parameters.
+        blocks: Number of repeated blocks.
+        block_bytes: Memory of the parameters of the largest block.
+        sequence_length: Tokens of the counted sequence.
+        hidden_size: Width of what flows between blocks.
+        forward_flops: Arithmetic operations of one forward pass of the sequence.
+        saved_bytes: Memory that its forward pass keeps for the backward pass, without logits.
+        logits_bytes: Memory of its logits.
+        element_bytes: Bytes of one number in forward and backward.
+    """
+
+    parameters: int
+    trainable: int
+    parameter_bytes: int
+    blocks: int
+    block_bytes: int
+    sequence_length: int
+    hidden_size: int
+    forward_flops: int
+    saved_bytes: int
+    logits_bytes: int
+    element_bytes: int
+
+
+def count_cost(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ModelCost:
+    """Count the cost of a recipe's model for one full sequence; allocates nothing.
+
+    Raises:
+        ModelError: If the model cannot be built, or does not fit tokenizer and data.
+    """
+    length = recipe.data.sequence_length
+    with torch.device("meta"):
+        model = sketch_model(recipe, tokenizer).train()
+    numbers, trainable = count_parameters(model)
+    blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+    logits, flops, saved = _forward(model, length, getattr(torch, recipe.model.dtype))
+    config: Any = model.config
+    return ModelCost(
+        parameters=numbers,
+        trainable=trainable,
+        parameter_bytes=_bytes(model.parameters()),
+        blocks=len(blocks),
+        block_bytes=max(_bytes(block.parameters()) for block in blocks),
+        sequence_length=length,
+        hidden_size=config.get_text_config().hidden_size,
+        forward_flops=flops,
+        saved_bytes=saved,
+        logits_bytes=_bytes([logits]),
+        element_bytes=logits.element_size(),
+    )
+
+
+def _forward(model: nn.Module, length: int, dtype: torch.dtype) -> tuple[Tensor, int, int]:
+    """Return the logits of one sequence, the operations and the bytes kept for the backward."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    # On the meta device attention would take a path that keeps all scores; fake tensors pass as
+    # CPU tensors and take the path that training takes.
+    with FakeTensorMode(), saved_tensors_hooks(keep, lambda tensor: tensor), counter:
+        weights = _cpu_copies(model, dtype)
+        inputs = {"input_ids": torch.zeros(1, length, dtype=torch.int64), "use_cache": False}
+        logits = functional_call(model, weights, kwargs=inputs).logits
+    owned = {tensor.untyped_storage()._cdata for tensor in weights.values()}
+    saved = (t.untyped_storage().nbytes() for number, t in kept.items() if number not in owned)
+    return logits, counter.get_total_flops(), sum(saved)
+
+
+def _cpu_copies(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    parameters = {
+        name: torch.empty(parameter.shape, dtype=dtype, requires_grad=parameter.requires_grad)
+        for name, parameter in model.named_parameters()
+    }
+    buffers = {
+        name: torch.empty(buffer.shape, dtype=buffer.dtype)
+        for name, buffer in model.named_buffers()
+    }
+    return parameters | buffers
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    # The kernel skips the half of the scores that a causal mask hides.
+    return sdpa_flop_count(query, key, value) // 2
+
+
+# torch counts attention on GPUs only.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+}
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
