@@ -91,7 +91,9 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - the decorator is untyped
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, None, None]:
         (grad_BT,) = grad_outputs
         logits_NV, targets_N, counted_BT, normalizers_N = ctx.saved_tensors
         weight_N = grad_BT.reshape(-1, 1)
@@ -102,7 +104,7 @@ class _TokenLosses(torch.autograd.Function):
             chunk.scatter_add_(1, targets_N[rows, None], -weight_N[rows])
             # Not a product with 0: logits of tokens that do not count may be infinite or NaN.
             grad_NV[rows] = chunk.masked_fill_(ignored_N[rows], 0.0)
-        return grad_NV.view(*counted_BT.shape, -1), None, None
+        return grad_NV.view(*counted_BT.shape, grad_NV.shape[1]), None, None
 
 
 def _row_chunks(logits_NV: Tensor) -> Iterator[slice]:

@@ -31,8 +31,11 @@ from veilspan.core.streams import (
 
 __all__ = ["GaussianNoise", "PhiloxNoise", "new_key"]
 
-_CHUNK = 2**12  # pairs at a time: every buffer of a chunk stays in a core's cache
-_VECTOR = 2**6  # pairs: a multiple of every SIMD width
+# Chunks begin at multiples of their size in the whole tensor and are always computed in full, so an
+# element sits in the same place of the same arrays whoever asks for it, and no vector library can
+# round it differently. At this size the arrays of one chunk stay in a core's cache.
+_PAIRS = 2**12
+_CHUNK = 2 * _PAIRS
 _CHUNKS_WORTH_THREADS = 16
 _TABLE_BITS = 14
 
@@ -105,17 +108,19 @@ class GaussianNoise:
         if stddev == 0 or tensor.numel() == 0:
             return
         subkey = derive(self._key, f"noise/{self._words.name}", step, name)
-        first, last = offset // 2, (offset + tensor.numel() + 1) // 2
-
-        def draw(pairs: range) -> Tensor:
-            words = self._words.read(subkey, pairs.start, len(pairs))
-            return torch.from_numpy(gaussian_pairs(words, stddev).reshape(-1))
-
         flat = tensor.reshape(-1)
-        for pairs, noise in _in_order(draw, _chunks(first, last), torch.get_num_threads()):
-            begin = 2 * pairs.start - offset  # in `flat`; vectors may reach beyond both of its ends
-            part = noise[max(0, -begin) : flat.numel() - begin]
-            flat[max(0, begin) :][: part.numel()].add_(part.to(flat.device))
+        last = offset + flat.numel()
+        chunks = range(offset // _CHUNK, math.ceil(last / _CHUNK))
+
+        def draw(chunk: int, buffers: Buffers) -> Tensor:
+            self._words.fill(buffers.words, subkey, chunk * _PAIRS)
+            return torch.from_numpy(gaussian_pairs(buffers, stddev).reshape(-1))
+
+        for chunk, noise in _in_order(draw, chunks, torch.get_num_threads()):
+            origin = chunk * _CHUNK
+            begin, end = max(offset, origin), min(last, origin + _CHUNK)
+            part = noise[begin - origin : end - origin].to(flat.device)
+            flat[begin - offset : end - offset].add_(part)
         if not tensor.is_contiguous():
             tensor.copy_(flat.view(tensor.shape))
 
@@ -151,20 +156,40 @@ class PhiloxNoise:
         self._noise.add_(tensor, stddev=stddev, step=step, name=name, offset=offset)
 
 
-def gaussian_pairs(words_N2: NDArray[np.int64], stddev: float) -> NDArray[np.float64]:
+class Buffers:
+    """Room for one chunk, written over and over: fresh pages would cost as much as the arithmetic.
+
+    Args:
+        pairs: Size of the chunk in pairs of elements.
+    """
+
+    def __init__(self, pairs: int) -> None:
+        self.words = np.empty((pairs + 1, 2), np.int64)  # the last row is scratch space
+        self.bits = np.empty(pairs, np.int64)
+        self.radius, self.angle, self.square = np.empty((3, pairs))
+        self.points, self.normals = np.empty((2, pairs), np.complex128)
+
+
+def gaussian_pairs(buffers: Buffers, stddev: float) -> NDArray[np.float64]:
     """Turn uniform words into normals of standard deviation `stddev`.
 
     Args:
-        words_N2: Uniform int64, `[N, 2]`.
+        buffers: Holds uniform int64 `words`, `[N + 1, 2]`, of which the last row is not used.
         stddev: Standard deviation, at least 0.
 
     Returns:
-        Independent normals, `[N, 2]`, fp64: stddev·√(-2 ln u)·(cos θ, sin θ). The size of the first
-        word is u, in [2⁻⁶⁴, 1] with full relative precision where it is small: hence the long
-        tails. The second word is θ: its upper bits choose a point of a table, its lower 50 bits
-        turn that point by at most 2e-4, by two terms of the series of cos and sin (error < 1e-16).
+        Independent normals, `[N, 2]`, fp64, a view of the buffers: stddev·√(-2 ln u)·(cos θ, sin θ)
+        with u from the first word of a row and θ from the second.
     """
-    radius = words_N2[:, 0].astype(np.float64)
+    _radii(buffers, stddev)
+    _turn(buffers)
+    return buffers.normals.view(np.float64).reshape(-1, 2)
+
+
+def _radii(buffers: Buffers, stddev: float) -> None:
+    """Write stddev·√(-2 ln u); u in [2⁻⁶⁴, 1] has full relative precision where it is small."""
+    radius = buffers.radius
+    radius[:] = buffers.words[:-1, 0]
     np.abs(radius, out=radius)
     radius *= 2.0**-63
     radius += 2.0**-64
@@ -173,21 +198,30 @@ def gaussian_pairs(words_N2: NDArray[np.int64], stddev: float) -> NDArray[np.flo
     np.sqrt(radius, out=radius)
     radius *= stddev
 
+
+def _turn(buffers: Buffers) -> None:
+    """Write radius·(cos θ + i sin θ), where θ is a second word in units of 2π·2⁻⁶⁴.
+
+    Its upper bits choose a point of a table; its lower 50 bits turn that point by at most 2e-4, for
+    which two terms of each series give cos and sin with an error below 1e-16.
+    """
+    word, angle, square = buffers.words[:-1, 1], buffers.angle, buffers.square
+    cosine, sine = buffers.normals.real, buffers.normals.imag
     low_bits = 64 - _TABLE_BITS
-    turn = (words_N2[:, 1] & ((1 << low_bits) - 1)).astype(np.float64)
-    turn -= 2.0 ** (low_bits - 1)  # the table holds the middle of each arc
-    turn *= 2.0 * math.pi * 2.0**-64
-    square = turn * turn
-    normals = np.empty(len(words_N2), np.complex128)
-    np.multiply(square, -0.5, out=normals.real)
-    normals.real += 1.0
-    normals.real *= radius
-    turn *= radius
-    np.multiply(square, -1.0 / 6.0, out=normals.imag)
-    normals.imag += 1.0
-    normals.imag *= turn
-    normals *= _unit_circle().take(words_N2[:, 1] >> low_bits, mode="wrap")
-    return normals.view(np.float64).reshape(-1, 2)
+    np.bitwise_and(word, (1 << low_bits) - 1, out=buffers.bits)
+    angle[:] = buffers.bits
+    angle -= 2.0 ** (low_bits - 1)  # the table holds the middle of each arc
+    angle *= 2.0 * math.pi * 2.0**-64
+    np.multiply(angle, angle, out=square)
+    np.multiply(square, -0.5, out=cosine)
+    cosine += 1.0
+    cosine *= buffers.radius
+    angle *= buffers.radius
+    square *= -1.0 / 6.0
+    square += 1.0
+    np.multiply(square, angle, out=sine)
+    np.right_shift(word, low_bits, out=buffers.bits)
+    buffers.normals *= _unit_circle().take(buffers.bits, mode="wrap", out=buffers.points)
 
 
 @cache
@@ -196,34 +230,22 @@ def _unit_circle() -> NDArray[np.complex128]:
     return np.exp(2j * math.pi * (np.arange(arcs) + 0.5) / arcs)
 
 
-def _chunks(first: int, last: int) -> Iterator[range]:
-    """Split pairs `first … last - 1`, widened to whole vectors, at multiples of `_CHUNK`.
-
-    An element thus always sits in the same lane of a full vector, where no library rounds it
-    differently from one call to the next.
-    """
-    begin, end = first // _VECTOR * _VECTOR, math.ceil(last / _VECTOR) * _VECTOR
-    while begin < end:
-        stop = min(end, (begin // _CHUNK + 1) * _CHUNK)
-        yield range(begin, stop)
-        begin = stop
-
-
 def _in_order(
-    draw: Callable[[range], Tensor], chunks: Iterator[range], threads: int
-) -> Iterator[tuple[range, Tensor]]:
-    """Yield each chunk with its noise, in order; at most a few chunks exist at any time."""
-    jobs = list(chunks)
-    if threads == 1 or len(jobs) < _CHUNKS_WORTH_THREADS:
-        yield from ((job, draw(job)) for job in jobs)
+    draw: Callable[[int, Buffers], Tensor], chunks: range, threads: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield each chunk with its noise, in order; the noise lasts until the next is asked for."""
+    if threads == 1 or len(chunks) < _CHUNKS_WORTH_THREADS:
+        buffers = Buffers(_PAIRS)
+        yield from ((chunk, draw(chunk, buffers)) for chunk in chunks)
         return
-    with ThreadPoolExecutor(min(threads, len(jobs))) as pool:
-        ahead: deque[tuple[range, Future[Tensor]]] = deque()
-        for job in jobs:
-            ahead.append((job, pool.submit(draw, job)))
-            if len(ahead) > 2 * threads:
-                chunk, future = ahead.popleft()
-                yield chunk, future.result()
+    spare = [Buffers(_PAIRS) for _ in range(2 * threads)]
+    ahead: deque[tuple[int, Future[Tensor]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for number, chunk in enumerate(chunks):
+            if len(ahead) == len(spare):  # the oldest chunk lies where this one will
+                oldest, future = ahead.popleft()
+                yield oldest, future.result()
+            ahead.append((chunk, pool.submit(draw, chunk, spare[number % len(spare)])))
         for chunk, future in ahead:
             yield chunk, future.result()
 

@@ -12,7 +12,7 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-from veilspan.core.streams import AesCtr, WordSource, check_count, check_key, derive
+from veilspan.core.streams import AesCtr, WordSource, check_count, check_key, derive, words
 
 _MOST_RECORDS = 2**40
 _GAPS_AT_A_TIME = 2**16
@@ -150,7 +150,7 @@ class _GapSampler:
         self._probability = _check_probability(sampling_probability)
         self._key = check_key(key)
         self._thresholds = _digit_thresholds(self._probability, self._num_records)
-        self._words: WordSource = AesCtr()
+        self._source: WordSource = AesCtr()
 
     def draw(self, step: int) -> Draw:
         step = check_count("step", step, least=0)
@@ -162,9 +162,9 @@ class _GapSampler:
         next_record = next_block = 0
         while next_record < self._num_records:
             gaps = self._gaps_wanted(self._num_records - next_record)
-            words = self._words.read(subkey, next_block, gaps * blocks_per_gap)
-            next_block += gaps * blocks_per_gap
-            records = next_record + np.cumsum(self._gaps(words.reshape(gaps, -1)) + 1) - 1
+            blocks = words(self._source, subkey, next_block, gaps * blocks_per_gap)
+            next_block += len(blocks)
+            records = next_record + np.cumsum(self._gaps(blocks.reshape(gaps, -1)) + 1) - 1
             next_record = int(records[-1]) + 1
             parts.append(records[: np.searchsorted(records, self._num_records)])
         return Draw(step=step, records=np.concatenate(parts))
@@ -174,8 +174,8 @@ class _GapSampler:
         expected = records_left * float(self._probability)
         return min(int(expected + 4 * math.sqrt(expected)) + 4, _GAPS_AT_A_TIME)
 
-    def _gaps(self, words: NDArray[np.int64]) -> NDArray[np.int64]:
-        digits = words.view(np.uint64)[:, : len(self._thresholds)] < self._thresholds
+    def _gaps(self, words_per_gap: NDArray[np.int64]) -> NDArray[np.int64]:
+        digits = words_per_gap.view(np.uint64)[:, : len(self._thresholds)] < self._thresholds
         return digits @ (np.int64(1) << np.arange(len(self._thresholds), dtype=np.int64))
 
 
@@ -200,7 +200,7 @@ def _digit_thresholds(probability: Fraction, num_records: int) -> NDArray[np.uin
 
 
 def _check_num_records(num_records: int) -> int:
-    if not isinstance(num_records, int) and not hasattr(num_records, "__index__"):
+    if hasattr(num_records, "__iter__"):
         raise ValueError(
             f"num_records is a {type(num_records).__name__}; it must be the number of records. A "
             "data loader or sampler (shuffled, weighted, distributed, drop_last) does not draw "

@@ -248,7 +248,7 @@ class PrivateStep:
                     "for a batch-wide mean, an auxiliary or contrastive loss, attention across "
                     "records, or a batch dimension that is not first."
                 )
-            self._separable = self._separable or bool(reached_B[0])
+            self._separable |= bool(reached_B[0]) and bool(losses_B.isfinite().all())
 
     def _release(self) -> None:
         sums = self._work.sums.take()

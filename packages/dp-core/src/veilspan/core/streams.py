@@ -103,8 +103,11 @@ class WordSource(Protocol):
         """Name for privacy statements."""
         ...
 
-    def read(self, subkey: bytes, first_block: int, blocks: int) -> NDArray[np.int64]:
-        """Return blocks `first_block …` of the stream of `subkey` (32 bytes), `[blocks, 2]`."""
+    def fill(self, buffer: NDArray[np.int64], subkey: bytes, first_block: int) -> None:
+        """Write blocks `first_block …` of the stream of `subkey` (32 bytes) to `buffer`, `[N, 2]`.
+
+        The last row of `buffer` is scratch space: N - 1 blocks are valid.
+        """
         ...
 
 
@@ -117,11 +120,17 @@ class AesCtr:
 
     name = "aes-256-ctr"
 
-    def read(self, subkey: bytes, first_block: int, blocks: int) -> NDArray[np.int64]:
-        """Return blocks `first_block …` of the stream of `subkey` (32 bytes), `[blocks, 2]`."""
+    def fill(self, buffer: NDArray[np.int64], subkey: bytes, first_block: int) -> None:
+        """Write blocks `first_block …` to all rows of `buffer` but the last."""
         counter = modes.CTR(first_block.to_bytes(BLOCK_BYTES, "big"))
         encryptor = Cipher(algorithms.AES(subkey), counter).encryptor()
-        return np.frombuffer(encryptor.update(bytes(blocks * BLOCK_BYTES)), "<i8").reshape(-1, 2)
+        target = buffer.data.cast("B")
+        size = len(target) - BLOCK_BYTES  # update_into asks for room for almost one block more
+        for start in range(0, size, len(_ZEROS)):
+            encryptor.update_into(memoryview(_ZEROS)[: size - start], target[start:])
+
+
+_ZEROS = bytes(2**16)  # the plain text whose encryption is the stream, one piece at a time
 
 
 @final
@@ -133,9 +142,17 @@ class Philox4x64:
 
     name = "philox-4x64-10"
 
-    def read(self, subkey: bytes, first_block: int, blocks: int) -> NDArray[np.int64]:
-        """Return blocks `first_block …` of the stream of `subkey[:16]`, `[blocks, 2]`."""
+    def fill(self, buffer: NDArray[np.int64], subkey: bytes, first_block: int) -> None:
+        """Write blocks `first_block …` of `subkey[:16]` to all rows of `buffer` but the last."""
         counter, second_half = divmod(first_block, 2)  # four words per counter
-        key = int.from_bytes(subkey[:16], "little")
-        words = np.random.Philox(key=key, counter=counter).random_raw(2 * (blocks + second_half))
-        return words.view(np.int64).reshape(-1, 2)[second_half:]
+        generator = np.random.Philox(key=int.from_bytes(subkey[:16], "little"), counter=counter)
+        generator.random_raw(2 * second_half, output=False)
+        blocks = len(buffer) - 1
+        buffer[:blocks] = generator.random_raw(2 * blocks).view(np.int64).reshape(blocks, 2)
+
+
+def words(source: WordSource, subkey: bytes, first_block: int, blocks: int) -> NDArray[np.int64]:
+    """Return blocks `first_block …` of a stream as a new array, `[blocks, 2]`."""
+    buffer = np.empty((blocks + 1, 2), np.int64)
+    source.fill(buffer, subkey, first_block)
+    return buffer[:blocks]

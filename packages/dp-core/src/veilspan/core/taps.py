@@ -157,7 +157,9 @@ def _tap_gradients(
     site: Site, batch: MicroBatch, inputs: Tensor, grad_output: Tensor
 ) -> tuple[Tensor | None, ...]:
     if batch.running is Pass.PROBE:
-        reached_B = (grad_output != 0).flatten(1).any(1)
+        reached_B = (
+            ((grad_output != 0) & grad_output.isfinite()).flatten(1).any(1)
+        )  # 0 · inf is NaN
         batch.reached_B[site.name] = batch.reached_B.get(site.name, False) | reached_B
         return (None,) * (1 + 2 * len(site.parameters))
     parts = site.rule.contributions(site.module, inputs, grad_output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from veilspan.core.norms import BlockedKernel
 from veilspan.core.protocols import NormKernel
 from veilspan.core.rules import find_rule
 from veilspan.core.step import PrivateStep
-from veilspan.core.survey import trainable_parameters
 from veilspan.core.testing.oracle import (
     Batch,
     ComputeLosses,
@@ -27,6 +26,16 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 """Relative error that a correct implementation stays within, by dtype of the model."""
 
 
+class _Capture:
+    """A reduction of one replica that keeps what it is asked to reduce: the sum before noise."""
+
+    def __init__(self) -> None:
+        self.sums: list[Tensor] = []
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        self.sums = [tensor.clone() for tensor in tensors]
+
+
 def clipped_sum(
     model: nn.Module,
     compute_losses: ComputeLosses,
@@ -36,7 +45,7 @@ def clipped_sum(
     size: int,
     **options: object,
 ) -> dict[str, Tensor]:
-    """Return the pre-noise sum that a `PrivateStep` forms of `batch`, by parameter name.
+    """Return the pre-noise sum, fp32 or fp64, that a `PrivateStep` forms of `batch`, by name.
 
     Args:
         model: The model; left as it was.
@@ -46,21 +55,24 @@ def clipped_sum(
         size: Records per micro-batch.
         **options: Further options of `PrivateStep`, such as `backward` and `norms`.
     """
+    capture = _Capture()
     step = PrivateStep(
         model,
         clipping=clipping,
         noise_multiplier=0.0,
         expected_batch_size=1.0,
+        reduction=capture,
         **options,  # pyright: ignore[reportArgumentType]
     )
     try:
         with step:
             for start in range(0, batch_size(batch), size):
                 step.backward(compute_losses(model, take(batch, start, start + size)))
-        owned = trainable_parameters(model)
-        return {name: _taken(parameter) for name, parameter in owned.items()}
     finally:
         step.detach()
+        for parameter in model.parameters():
+            parameter.grad = None
+    return dict(zip(step.parameters, capture.sums, strict=True))
 
 
 def assert_step_matches_oracle(
@@ -179,10 +191,3 @@ def assert_kernel_conforms(kernel: NormKernel, *, dtype: torch.dtype = torch.flo
         found = kernel.per_sample_grad(act, grad).double()
         grain = limit if dtype in (torch.float64, torch.float32) else 1e-2
         assert (found - exact).norm() <= grain * exact.norm(), "per_sample_grad is off"
-
-
-def _taken(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    taken = parameter.grad.detach().clone()
-    parameter.grad = None
-    return taken

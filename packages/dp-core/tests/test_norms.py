@@ -1,0 +1,99 @@
+"""Norms and clipped sums: blocked, accurate, and never below the truth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from veilspan.core import Automatic, Clip, Flat
+from veilspan.core.cost import Choice, DeviceRates, cheaper_norm, choose_backward
+from veilspan.core.norms import BlockedKernel, sq_norm
+from veilspan.core.testing import assert_kernel_conforms
+
+RATES = DeviceRates(flops=1e11, bandwidth=1e10, free_bytes=1 << 30)
+
+
+@pytest.mark.parametrize("block_elements", [1, 64, 1 << 22])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_kernel_is_exact_whatever_the_size_of_its_blocks(block_elements, dtype):
+    assert_kernel_conforms(BlockedKernel(block_elements=block_elements), dtype=dtype)
+
+
+def test_norm_buffers_stay_within_the_budget():
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    act, grad = torch.randn(2, 300, 128), torch.randn(2, 300, 200)
+    kernel = BlockedKernel(block_elements=16384)
+    with Watch():
+        kernel.sq_norm_direct(act, grad)
+        kernel.sq_norm_gram(act, grad)
+    operands = max(act.numel(), grad.numel())
+    assert largest <= max(operands, 16384)
+    assert largest < 2 * 300 * 300  # no token-by-token buffer
+    assert largest < 2 * 128 * 200 * 4
+
+
+@pytest.mark.parametrize("elements", [1, 1023, 1024, 1025, 3_000_001])
+def test_sum_of_squares_in_fp32_keeps_six_digits(elements):
+    torch.manual_seed(0)
+    values = torch.rand(elements) + 1.0
+    exact = values.double().square().sum()
+    assert abs(sq_norm(values) / exact - 1) < 2e-7
+
+
+@pytest.mark.parametrize("rule", [Clip(), Automatic(), Automatic(gamma=0.0)])
+@given(
+    norm=st.floats(0, 1e30),
+    clip_norm=st.floats(1e-6, 1e6),
+    slack=st.sampled_from([0.0, 2.0**-19, 2.0**-18]),
+)
+@settings(deadline=None)
+def test_factor_times_norm_never_exceeds_the_clip_norm(norm, clip_norm, slack, rule):
+    flat = Flat(clip_norm=clip_norm, rule=rule)
+    factor = flat.factors(torch.tensor([norm], dtype=torch.float64).square(), slack=slack)
+    assert 0 <= float(factor) * norm * (1 - slack) <= clip_norm * (1 + 1e-12)
+    assert float(factor) * norm <= clip_norm * (1 - slack) * (1 + 1e-12) or norm < 1e-100
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
+def test_a_norm_that_is_not_finite_has_factor_zero(norm):
+    for clip_norm in (1.0, float("inf")):
+        factor = Flat(clip_norm=clip_norm).factors(torch.tensor([norm]), slack=0.0)
+        assert float(factor) == 0.0
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, -1.0, float("nan")])
+def test_a_clip_norm_that_is_not_positive_is_refused(clip_norm):
+    with pytest.raises(ValueError, match="clip_norm is"):
+        Flat(clip_norm=clip_norm)
+
+
+@pytest.mark.parametrize("gamma", [-1.0, float("nan"), float("inf")])
+def test_a_gamma_out_of_range_is_refused(gamma):
+    with pytest.raises(ValueError, match="gamma is"):
+        Automatic(gamma=gamma)
+
+
+def test_cost_model_picks_gram_for_short_and_direct_for_long_sequences():
+    assert cheaper_norm((16, 512, 512), RATES) == "gram"
+    assert cheaper_norm((4096, 512, 512), RATES) == "direct"
+
+
+def test_cost_model_picks_the_strategy_by_size_length_and_memory():
+    assert choose_backward(1, 4096, 10**9, RATES).name == "single_sample"
+    assert choose_backward(4, 4096, 10**6, RATES).name == "per_sample"
+    assert choose_backward(4, 4, 10**6, RATES).name == "two_pass"
+    choice = choose_backward(4, 4096, 10**9, RATES)
+    assert isinstance(choice, Choice)
+    assert choice.name == "two_pass"
+    assert "more than" in choice.reason

@@ -1,0 +1,129 @@
+"""Every layer rule is exact, found by what a module computes, and refuses what it must."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from veilspan.core import UnsupportedModelError
+from veilspan.core.norms import BlockedKernel
+from veilspan.core.rules import find_rule
+from veilspan.core.testing import assert_rule_matches
+
+
+def rule_of(module):
+    return find_rule("module", module, BlockedKernel())
+
+
+class RootMeanSquare(nn.Module):
+    """An RMSNorm as Hugging Face writes it; `offset` 1 as in Gemma."""
+
+    def __init__(self, width, offset=0.0):
+        super().__init__()
+        self.weight, self.offset = nn.Parameter(torch.randn(width)), offset
+
+    def forward(self, hidden_states):
+        unit = hidden_states * torch.rsqrt(hidden_states.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return unit * (self.offset + self.weight)
+
+
+class LayerScale(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+class Transposed(nn.Module):
+    """GPT-2's Conv1D by formula: x W + b."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+def shifted_norm(kind):
+    norm = kind(5)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.normal_()
+    return norm
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (nn.Linear(5, 3), "linear"),
+        (nn.Linear(5, 3, bias=False), "linear"),
+        (Transposed(5, 3), "linear (transposed)"),
+        (Transposed(5, 5), "linear (transposed)"),
+        (shifted_norm(nn.LayerNorm), "norm"),
+        (shifted_norm(nn.RMSNorm), "norm"),
+        (RootMeanSquare(5), "norm"),
+        (RootMeanSquare(5, offset=1.0), "norm"),
+        (LayerScale(5), "norm"),
+    ],
+)
+@pytest.mark.parametrize("shape", [(1, 5), (3, 5), (2, 1, 5), (3, 7, 5), (2, 3, 4, 5)])
+def test_rules_are_exact_on_inputs_of_two_to_four_dimensions(module, name, shape):
+    torch.manual_seed(0)
+    assert rule_of(module).name == name
+    assert_rule_matches(module.double(), torch.randn(shape, dtype=torch.float64))
+
+
+class ScaledEmbedding(nn.Embedding):
+    def forward(self, input):
+        return super().forward(input) * 2.5
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, ScaledEmbedding])
+def test_embeddings_with_repeated_tokens_are_exact(kind):
+    torch.manual_seed(0)
+    ids = torch.tensor([[1, 1, 1, 4], [0, 4, 0, 4]])
+    assert_rule_matches(kind(6, 3).double(), ids)
+
+
+def test_pitfall_23_padding_idx_receives_no_gradient():
+    torch.manual_seed(0)
+    module = nn.Embedding(6, 3, padding_idx=0).double()
+    assert_rule_matches(module, torch.tensor([[0, 1, 0], [2, 0, 0]]))
+
+
+@pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
+def test_embedding_options_that_break_clipping_are_refused(option):
+    with pytest.raises(UnsupportedModelError, match=next(iter(option))):
+        rule_of(nn.Embedding(4, 3, **option))
+
+
+class Dropping(nn.Linear):
+    def forward(self, input):
+        return nn.functional.dropout(super().forward(input), 0.5, self.training)
+
+
+class Twice(nn.Linear):
+    def forward(self, input):
+        return super().forward(super().forward(input))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Dropping(5, 3),
+        Dropping(5, 3).eval(),
+        Twice(4, 4),
+        nn.GroupNorm(2, 4),
+        nn.PReLU(5),
+        nn.Bilinear(3, 3, 2),
+        nn.Conv1d(3, 3, 1),
+        nn.LSTM(3, 3),
+    ],
+)
+def test_a_module_that_computes_something_else_has_no_rule(module):
+    assert rule_of(module) is None

@@ -1,0 +1,397 @@
+"""The private step as a user meets it: one release per logical batch, and every refusal."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from veilspan.core import (
+    Flat,
+    GaussianNoise,
+    PrivacyError,
+    PrivateStep,
+    UnsupportedModelError,
+    new_key,
+)
+
+TAPPED = ["per_sample", "two_pass"]
+
+
+def attach(model, *, clip_norm=1.0, noise_multiplier=0.0, **options):
+    options = {"expected_batch_size": 4.0, "backward": "per_sample"} | options
+    return PrivateStep(
+        model, clipping=Flat(clip_norm=clip_norm), noise_multiplier=noise_multiplier, **options
+    )
+
+
+def square_losses(model, x):
+    return model(x).square().flatten(1).sum(1)
+
+
+def test_gradient_is_the_noisy_sum_over_the_expected_batch_size():
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2), torch.randn(2, 3)
+    step = attach(model, clip_norm=1e6, expected_batch_size=10.0)
+    with step:
+        step.backward(square_losses(model, x))
+    got = model.weight.grad.clone()
+    model.zero_grad()
+    step.detach()
+    square_losses(model, x).sum().backward()
+    assert torch.allclose(got, model.weight.grad / 10.0)
+
+
+@pytest.mark.parametrize("size", [0, 1, 5, 12])
+def test_pitfall_27_the_scale_of_the_gradient_ignores_the_drawn_batch_size(size):
+    model = nn.Linear(1, 1, bias=False)
+    step = attach(model, clip_norm=1.0, expected_batch_size=4.0)
+    with step:
+        if size:
+            step.backward((model(torch.full((size, 1), 1e3))).sum(1))
+    assert model.weight.grad.item() == pytest.approx(size / 4.0, rel=1e-5)
+
+
+def test_pitfall_02_an_empty_logical_batch_is_a_release_of_pure_noise():
+    model = nn.Linear(500, 400, bias=False)
+    releases = []
+    step = attach(model, clip_norm=2.0, noise_multiplier=1.5, on_release=releases.append)
+    with step:
+        pass
+    noise = model.weight.grad * 4.0
+    assert [r.step for r in releases] == [0]
+    assert noise.std().item() == pytest.approx(3.0, rel=0.01)
+
+
+@pytest.mark.parametrize("clip_norm", [1e-2, 1.0, 1e2])
+@pytest.mark.parametrize("expected_batch_size", [1.0, 10.0])
+def test_pitfall_14_noise_follows_sigma_times_the_clip_norm(clip_norm, expected_batch_size):
+    model = nn.Linear(1000, 1000, bias=False)
+    step = attach(
+        model,
+        clip_norm=clip_norm,
+        noise_multiplier=0.7,
+        expected_batch_size=expected_batch_size,
+    )
+    with step:
+        pass
+    expected = 0.7 * clip_norm / expected_batch_size
+    assert model.weight.grad.std().item() == pytest.approx(expected, rel=0.01)
+
+
+def test_pitfall_13_every_released_tensor_carries_noise():
+    model = nn.Sequential(nn.Embedding(300, 64), nn.LayerNorm(64), nn.Linear(64, 500))
+    step = attach(model, clip_norm=1e-8, noise_multiplier=1e8)
+    with step:
+        step.backward(square_losses(model, torch.zeros(2, 3, dtype=torch.long)))
+    for parameter in model.parameters():
+        spread = parameter.grad.std().item() * 4.0
+        assert abs(spread - 1.0) < 5.0 / math.sqrt(2 * parameter.numel())
+
+
+def test_pitfall_43_noise_differs_between_steps_tensors_and_attempts():
+    model = nn.ModuleList([nn.Linear(300, 300, bias=False) for _ in range(2)])
+
+    def released(key, first_step=0):
+        step = attach(model, noise_multiplier=1.0, noise=GaussianNoise(key), first_step=first_step)
+        draws = []
+        for _ in range(2):
+            with step:
+                pass
+            draws += [p.grad.flatten().clone() for p in model.parameters()]
+            model.zero_grad()
+        step.detach()
+        return draws
+
+    key = new_key()
+    first, again = released(key), released(key)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    resumed = released(key, first_step=1)
+    assert torch.equal(resumed[0], first[2])
+    draws = torch.stack([*first, *released(new_key())])
+    correlation = torch.corrcoef(draws).fill_diagonal_(0.0)
+    assert correlation.abs().max() < 5 / math.sqrt(draws.shape[1])
+
+
+def test_pitfall_17_an_exception_discards_the_logical_batch():
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2), torch.randn(3, 3)
+    releases = []
+    step = attach(model, on_release=releases.append)
+    with pytest.raises(KeyError), step:
+        step.backward(square_losses(model, x))
+        raise KeyError
+    assert releases == []
+    assert model.weight.grad is None
+    with step:
+        step.backward(square_losses(model, x[:1]))
+    after = model.weight.grad.clone()
+    model.zero_grad()
+    with step:
+        step.backward(square_losses(model, x[:1]))
+    assert torch.equal(after, model.weight.grad)
+
+
+def test_pitfall_46_the_ledger_hears_of_a_release_before_the_noise_exists():
+    events = []
+
+    class Spy:
+        def add_(self, tensor, **address):
+            events.append("noise")
+
+    model = nn.Linear(2, 2)
+    step = attach(
+        model, noise_multiplier=1.0, noise=Spy(), on_release=lambda r: events.append("ledger")
+    )
+    with step:
+        pass
+    assert events == ["ledger", "noise", "noise"]
+
+
+def test_a_release_that_the_ledger_refuses_leaves_no_gradient():
+    model = nn.Linear(2, 2)
+
+    def refuse(release):
+        raise OSError("disk full")
+
+    step = attach(model, noise_multiplier=1.0, on_release=refuse)
+    with pytest.raises(OSError, match="disk full"), step:
+        step.backward(square_losses(model, torch.randn(2, 2)))
+    assert model.weight.grad is None
+    assert step.next_step == 0
+
+
+def test_detach_restores_the_model_exactly():
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    before = [dict(m.__dict__) for m in model.modules()]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    step = attach(model)
+    assert "forward" in model[0].__dict__
+    step.detach()
+    for module, attributes in zip(model.modules(), before, strict=True):
+        assert module.__dict__.keys() == attributes.keys()
+        assert "forward" not in module.__dict__
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    with pytest.raises(PrivacyError, match="detached"), step:
+        pass
+
+
+def test_outside_of_a_step_the_model_behaves_as_its_own():
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    plain = model(x)
+    step = attach(model)
+    assert torch.equal(model(x), plain)
+    model(x).sum().backward()
+    assert model.weight.grad is not None
+    model.zero_grad()
+    with step, torch.no_grad():
+        model(torch.randn(7, 3))  # evaluation inside of a step is no micro-batch
+
+
+@pytest.mark.parametrize("backward", ["single_sample", *TAPPED])
+def test_pitfall_06_a_scalar_loss_is_refused(backward):
+    model = nn.Linear(3, 2)
+    step = attach(model, backward=backward)
+    with pytest.raises(PrivacyError, match="one floating-point loss per record"), step:
+        step.backward(square_losses(model, torch.randn(2, 3)).mean())
+
+
+def test_losses_that_are_not_one_per_record_are_refused():
+    model = nn.Linear(3, 2)
+    step = attach(model)
+    with pytest.raises(PrivacyError, match="holds 4 losses, but the model's input holds 2"), step:
+        step.backward(model(torch.randn(2, 3)).square().flatten())
+    with pytest.raises(PrivacyError, match="does not require grad"), step:
+        step.backward(torch.zeros(2))
+    with pytest.raises(PrivacyError, match="float"), step:
+        step.backward([1.0])
+
+
+def test_single_sample_refuses_two_records():
+    model = nn.Linear(3, 2)
+    step = attach(model, backward="single_sample")
+    with pytest.raises(ValueError, match="microbatches\\(size=1\\)"), step:
+        step.backward(square_losses(model, torch.randn(2, 3)))
+
+
+def test_pitfall_07_records_flattened_into_tokens_are_refused():
+    class Flatten(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 1)
+
+        def forward(self, x):
+            hidden = self.one(x)
+            return self.two(hidden.flatten(0, 1)).view(len(x), -1)
+
+    model = Flatten()
+    step = attach(model)
+    with (
+        pytest.raises(PrivacyError, match=r"Module 'two' received an input of shape \(10, 3\)"),
+        step,
+    ):
+        step.backward(square_losses(model, torch.randn(2, 5, 3)))
+
+
+class TiedByFunction(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(5, 4), nn.Linear(4, 4)
+
+    def forward(self, ids):
+        return nn.functional.linear(self.mix(self.embed(ids)), self.embed.weight)
+
+
+@pytest.mark.parametrize("backward", TAPPED)
+def test_pitfall_08_functional_use_of_an_owned_parameter_is_refused(backward):
+    model = TiedByFunction()
+    step = attach(model, backward=backward)
+    with pytest.raises(PrivacyError, match=r"Parameter 'embed.weight' received a gradient"), step:
+        step.backward(square_losses(model, torch.randint(0, 5, (2, 3))))
+    assert model.embed.weight.grad is None
+
+
+@pytest.mark.parametrize("backward", TAPPED)
+def test_pitfall_37_losses_that_couple_records_are_refused(backward):
+    model = nn.Linear(3, 2)
+    step = attach(model, backward=backward)
+    with pytest.raises(PrivacyError, match="depends on other records"), step:
+        losses = square_losses(model, torch.randn(3, 3))
+        step.backward(losses / losses.sum())
+
+
+def test_pitfall_37_batch_norm_is_refused_under_every_strategy():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    for backward in ("auto", "single_sample", "per_sample"):
+        with pytest.raises(UnsupportedModelError, match=r"Module '1' is BatchNorm1d"):
+            attach(model, backward=backward)
+
+
+def test_unknown_modules_are_refused_outside_of_single_sample():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matrix = nn.Parameter(torch.eye(3))
+
+        def forward(self, x):
+            return x @ self.matrix @ self.matrix
+
+    model = nn.Sequential(nn.Linear(3, 3), Scale())
+    with pytest.raises(UnsupportedModelError, match=r"Module '1' \(Scale\) owns trainable"):
+        attach(model)
+    step = attach(model, backward="auto")
+    with step:
+        step.backward(square_losses(model, torch.randn(1, 3)))
+    assert "no rule gives per-sample gradients of '1'" in step.explain()
+    assert model[1].matrix.grad is not None
+
+
+@pytest.mark.parametrize("change", ["freeze", "add", "replace", "unfreeze"])
+def test_pitfall_11_parameters_changed_after_attach_are_refused(change):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].bias.requires_grad_(False)
+    step = attach(model)
+    if change == "freeze":
+        model[0].weight.requires_grad_(False)
+    elif change == "unfreeze":
+        model[1].bias.requires_grad_(True)
+    elif change == "add":
+        model.append(nn.Linear(3, 3))
+    else:
+        model[0].weight = nn.Parameter(torch.zeros(3, 3))
+    with pytest.raises(PrivacyError, match="after PrivateStep was attached"), step:
+        pass
+
+
+def test_pitfall_41_a_gradient_from_elsewhere_is_refused():
+    model = nn.Linear(3, 2)
+    step = attach(model)
+    with step:
+        step.backward(square_losses(model, torch.randn(2, 3)))
+    with pytest.raises(PrivacyError, match="zero_grad"), step:
+        pass
+    model.zero_grad()
+    with pytest.raises(PrivacyError, match=r"step\.backward"), step:
+        model.weight.grad = torch.zeros_like(model.weight)
+
+
+def test_a_plain_backward_inside_of_a_step_is_refused():
+    model = nn.Linear(3, 2)
+    step = attach(model)
+    with pytest.raises(PrivacyError, match=r"outside of step\.backward"), step:
+        square_losses(model, torch.randn(2, 3)).sum().backward()
+    step.detach()
+    model.zero_grad()
+    step = attach(model, backward="single_sample")
+    with pytest.raises(PrivacyError, match="inside the logical batch"), step:
+        square_losses(model, torch.randn(2, 3)).sum().backward()
+    assert model.weight.grad is None
+
+
+def test_pitfall_42_an_optimizer_inside_of_backward_is_refused():
+    model = nn.Linear(3, 2)
+    model.weight.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(UnsupportedModelError, match="post-accumulate-grad hook"):
+        attach(model)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("noise_multiplier", -1.0, "noise_multiplier is -1.0"),
+        ("noise_multiplier", math.nan, "noise_multiplier is nan"),
+        ("expected_batch_size", 0, "expected_batch_size is 0"),
+        ("backward", "ghost", "backward is 'ghost'"),
+        ("norms", "fast", "norms is 'fast'"),
+        ("first_step", -1, "first_step is -1"),
+    ],
+)
+def test_numbers_out_of_range_are_named(option, value, message):
+    with pytest.raises(ValueError, match=message):
+        attach(nn.Linear(2, 2), **{option: value})
+
+
+def test_no_noise_hides_an_infinite_clip_norm():
+    with pytest.raises(ValueError, match="clip_norm is infinite"):
+        attach(nn.Linear(2, 2), clip_norm=math.inf, noise_multiplier=1.0)
+
+
+def test_a_model_with_nothing_to_train_is_refused():
+    with pytest.raises(UnsupportedModelError, match="no trainable parameter"):
+        attach(nn.Linear(2, 2).requires_grad_(False))
+
+
+def test_backward_needs_a_logical_batch_and_batches_do_not_nest():
+    model = nn.Linear(2, 2)
+    step = attach(model)
+    with pytest.raises(PrivacyError, match="outside of `with step:`"):
+        step.backward(torch.zeros(2, requires_grad=True))
+    with pytest.raises(PrivacyError, match="already inside"), step, step:
+        pass
+
+
+def test_auto_takes_one_record_as_it_is_and_stores_gradients_of_several():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+    step = attach(model, backward="auto")
+    with step:
+        step.backward(square_losses(model, torch.randn(1, 300, 64)))
+        step.backward(square_losses(model, torch.randn(4, 300, 64)))
+    text = step.explain()
+    assert "micro-batch of 1 x 300 tokens: single_sample" in text
+    assert "micro-batch of 4 x 300 tokens: per_sample" in text
+    assert "linear" in text
+
+
+def test_explain_names_the_norm_method_of_every_linear_map():
+    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512))
+    step = attach(model, backward="two_pass")
+    for length, method in ((8, "gram"), (4096, "direct")):
+        with step:
+            step.backward(square_losses(model, torch.randn(2, length, 512)))
+        model.zero_grad()
+        assert step.explain().count(f"norm {method}") == 2
