@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 
 import torch
 import torch.distributed as dist
@@ -11,7 +10,6 @@ import torch.nn.functional as F
 
 from veilspan.parallel import Layout
 from veilspan.parallel.attention import AllGatherKV, Ulysses, causal
-from veilspan.parallel.testing import rank_main
 
 HEADS = 8
 
@@ -30,7 +28,8 @@ def largest_error(kind, layout, key_heads, window, dtype, value_width=8):
     shapes = [(HEADS, 8), (key_heads, 8), (key_heads, value_width), (HEADS, value_width)]
     *whole, weight = (torch.randn(2, h, length, d, dtype=dtype) for h, d in shapes)
     reference = [x.clone().requires_grad_() for x in whole]
-    expected = dense(*reference, window)
+    query, key, value = reference
+    expected = dense(query, key, value, window)
     (expected * weight).sum().backward()
     mine = [layout.take(x, rank, 2).clone().requires_grad_() for x in whole]
     output = kind(layout=layout, group=dist.group.WORLD)(*mine, window=window)
@@ -40,7 +39,7 @@ def largest_error(kind, layout, key_heads, window, dtype, value_width=8):
     return max(error.abs().max().item() for error in errors)
 
 
-def body(arguments: list[str]) -> dict[str, float]:
+def body() -> dict[str, float]:
     causal.BLOCK_ROWS = 5  # several, and uneven, blocks at test size
     ranks = dist.get_world_size()
     errors: dict[str, float] = {}
@@ -59,7 +58,3 @@ def body(arguments: list[str]) -> dict[str, float]:
         name = f"{kind.__name__} wide values"
         errors[name] = largest_error(kind, layout, 4, None, torch.float64, value_width=12)
     return errors
-
-
-if __name__ == "__main__":
-    sys.exit(rank_main(body))

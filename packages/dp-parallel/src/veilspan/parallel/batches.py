@@ -27,7 +27,7 @@ class ShardedBatch:
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor
-    num_tokens_B: Tensor  # noqa: N815 (shape suffix)
+    num_tokens_B: Tensor
 
 
 def shard_batch(

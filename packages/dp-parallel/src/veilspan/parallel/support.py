@@ -12,7 +12,6 @@ from veilspan.parallel.mesh import ParallelMesh
 
 TESTED_MODEL_TYPES = (
     "gemma",
-    "gemma2",
     "gemma3_text",
     "gpt2",
     "llama",

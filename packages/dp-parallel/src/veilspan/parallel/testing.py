@@ -1,16 +1,19 @@
 """A script on several local processes, for tests of distributed code without a launcher.
 
-A script hands its body to `rank_main`; `run_ranks` starts it once per rank, waits for a bounded time
-and returns what each rank reported. Ranks meet through a file, so no port can be taken twice.
+A script hands its body to `rank_main`; `run_ranks` runs it in worlds of several sizes, one after
+the other, waits for a bounded time and returns what each rank reported. The script is imported once
+and its ranks are forks, because importing torch costs more than most tests. Ranks meet through a
+file, so no port can be taken twice.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import multiprocessing.connection
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -21,80 +24,107 @@ import torch.distributed as dist
 
 from veilspan.parallel.processes import finish
 
-_TAIL = 4000
+_TAIL = 6000
 
 
 def run_ranks(
     script: Path,
-    ranks: int,
+    worlds: Sequence[int],
     *,
     arguments: Sequence[str] = (),
-    timeout_s: float = 180.0,
-) -> list[Any]:
-    """Run `script` in `ranks` processes on the CPU and return their reports, by rank.
+    timeout_s: float = 300.0,
+) -> dict[int, list[Any]]:
+    """Run `script` on the CPU in worlds of the given sizes and return its ranks' reports.
 
-    When one process fails, or time is up, the others are ended.
+    When one rank fails, or time is up, the others are ended.
 
     Args:
         script: A file that calls `rank_main`.
-        ranks: Number of processes.
+        worlds: Numbers of ranks; one world runs after the other.
         arguments: Passed to the body, the same on every rank.
-        timeout_s: Seconds until the run is given up.
+        timeout_s: Seconds for all worlds together until the run is given up.
 
     Returns:
-        What the body returned on each rank, after a trip through JSON.
+        For each size, what the body returned on each rank, after a trip through JSON.
 
     Raises:
-        RuntimeError: If a process failed, with the end of its error stream, or time was up.
+        RuntimeError: If a rank failed, with the end of the error stream, or time was up.
     """
     with tempfile.TemporaryDirectory() as folder:
-        reports = [Path(folder, f"report-{rank}.json") for rank in range(ranks)]
-        errors = [Path(folder, f"errors-{rank}.txt") for rank in range(ranks)]
-        processes = []
-        for rank in range(ranks):
-            own = [str(rank), str(ranks), str(Path(folder, "meet")), str(reports[rank])]
-            with errors[rank].open("wb") as stream:
-                command = [sys.executable, str(script), *own, *arguments]
-                processes.append(subprocess.Popen(command, stdout=stream, stderr=stream))
+        errors = Path(folder, "errors.txt")
+        with errors.open("wb") as stream:
+            command = [sys.executable, str(script), folder, ",".join(map(str, worlds)), *arguments]
+            process = subprocess.Popen(
+                command, stdout=stream, stderr=stream, start_new_session=True
+            )
         try:
-            failed = _wait(processes, time.monotonic() + timeout_s)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+            failed = "failed" if process.wait(timeout_s) else None
+        except subprocess.TimeoutExpired:
+            failed = f"took longer than {timeout_s} s"
+            process.terminate()
+            process.wait()
         if failed is not None:
-            tails = [f"rank {r}:\n{e.read_text()[-_TAIL:]}" for r, e in enumerate(errors)]
-            raise RuntimeError(f"{script.name} on {ranks} ranks {failed}\n" + "\n".join(tails))
-        return [json.loads(report.read_text()) for report in reports]
+            raise RuntimeError(f"{script.name} {failed}\n{errors.read_text()[-_TAIL:]}")
+        return {
+            ranks: [
+                json.loads(Path(folder, f"{ranks}-{rank}.json").read_text())
+                for rank in range(ranks)
+            ]
+            for ranks in worlds
+        }
 
 
-def rank_main(body: Callable[[list[str]], Any], *, timeout_s: float = 60.0) -> None:
-    """Run `body` as one rank that `run_ranks` started, report its result, and end the process.
+def rank_main(body: Callable[[list[str]], Any], *, timeout_s: float = 120.0) -> None:
+    """Run `body` on every rank of every world that `run_ranks` asked for.
 
     Args:
         body: Gets the arguments; called with the default process group (gloo) ready. Returns
             anything JSON can hold.
         timeout_s: Seconds after which a collective that a peer never joins fails.
     """
-    rank, ranks, meet, report, *arguments = sys.argv[1:]
+    folder, worlds, *arguments = sys.argv[1:]
+    fork = multiprocessing.get_context("fork")
+    for ranks in map(int, worlds.split(",")):
+        world = (Path(folder), ranks, timedelta(seconds=timeout_s))
+        processes = [
+            fork.Process(target=_rank, args=(body, arguments, rank, *world), daemon=True)
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        if not _all_end_well(processes):
+            sys.exit(f"a rank of {ranks} failed")
+
+
+def _rank(
+    body: Callable[[list[str]], Any],
+    arguments: list[str],
+    rank: int,
+    folder: Path,
+    ranks: int,
+    timeout: timedelta,
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{meet}",
-        rank=int(rank),
-        world_size=int(ranks),
-        timeout=timedelta(seconds=timeout_s),
+        init_method=f"file://{folder}/meet-{ranks}",
+        rank=rank,
+        world_size=ranks,
+        timeout=timeout,
     )
-    Path(report).write_text(json.dumps(body(arguments)))
+    report = json.dumps(body(arguments))
+    Path(folder, f"{ranks}-{rank}.json").write_text(report)
     finish()
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], deadline: float) -> str | None:
-    """Return what went wrong, or None once all processes have ended well."""
-    while any(process.poll() is None for process in processes):
-        if any(process.poll() for process in processes):
-            return "failed"
-        if time.monotonic() > deadline:
-            return "took too long"
-        time.sleep(0.05)
-    return "failed" if any(process.returncode for process in processes) else None
+def _all_end_well(processes: Sequence[Any]) -> bool:
+    """Wait for the ranks; after the first failure end the others, who may wait for it forever."""
+    running = list(processes)
+    while running:
+        multiprocessing.connection.wait([process.sentinel for process in running])
+        running = [process for process in running if process.exitcode is None]
+        if any(process.exitcode for process in processes):
+            for process in running:
+                process.kill()
+            return False
+    return True
