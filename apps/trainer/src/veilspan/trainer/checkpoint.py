@@ -16,13 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from veilspan.trainer.errors import TrainerError
 from veilspan.trainer.files import remove_folder, replace_folder, write_whole
@@ -97,6 +98,13 @@ class Checkpoints:
         found = [path for path in self._folder.glob(f"{_PREFIX}*") if (path / _INFO).is_file()]
         return max(found, key=lambda path: int(path.name.removeprefix(_PREFIX)), default=None)
 
+    def has(self, step: int) -> bool:
+        """Return on every process whether the checkpoint of a step is there."""
+        return self._processes.broadcast((self._path(step) / _INFO).is_file())
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"{_PREFIX}{step:08d}"
+
     def save(
         self,
         tensors: dict[str, Tensor],
@@ -115,14 +123,14 @@ class Checkpoints:
             CheckpointError: On every process, if any of them cannot write. Checkpoints made
                 before are untouched.
         """
-        final = self._folder / f"{_PREFIX}{progress.step:08d}"
+        final = self._path(progress.step)
         partial = self._folder / f".partial-{final.name}"
         with self._writing(final):
             if self._processes.is_first:
                 remove_folder(partial)
                 partial.mkdir(parents=True)
         with self._writing(final), _plain_errors(), _quiet():
-            dcp.save(
+            save_shards(
                 tensors,
                 storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
                 no_dist=not self._processes.distributed,
@@ -143,7 +151,7 @@ class Checkpoints:
         progress = read_progress(path)
         try:
             with torch.no_grad(), _plain_errors(), _quiet():
-                dcp.load(
+                load_shards(
                     tensors,
                     storage_reader=HuggingFaceStorageReader(str(path)),
                     no_dist=not self._processes.distributed,
@@ -219,9 +227,9 @@ def _plain_errors() -> Iterator[None]:
         raise RuntimeError(_cause(cause)) from cause
 
 
-class _quiet(warnings.catch_warnings):
-    """Silence torch's note that one process saves alone, which is what was asked for."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence torch's note that one process works alone, which is what was asked for."""
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 BLUE, ORANGE, INK, GREY = "#1f5a96", "#b4551d", "#1b2530", "#8a94a0"
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10,
@@ -89,7 +89,7 @@ def plot_heldout(path: Path, curve: Sequence[Point]) -> None:
 
 
 def plot_resources(path: Path, speed: Sequence[Point], memory: Sequence[Point]) -> None:
-    """Draw throughput and peak memory one below the other.
+    """Draw throughput and peak memory side by side.
 
     Args:
         path: PNG file to write.
@@ -97,13 +97,14 @@ def plot_resources(path: Path, speed: Sequence[Point], memory: Sequence[Point]) 
         memory: (step, peak GiB of one process).
     """
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(6.4, 4.8), layout="constrained")
-        upper, lower = figure.subplots(2, 1, sharex=True)
-        upper.plot(*_columns(speed), color=BLUE, marker="o", markersize=4)
-        upper.set(title="Throughput", ylabel="tokens per second")
-        lower.plot(*_columns(memory), color=ORANGE, marker="o", markersize=4)
-        lower.set(title="Peak memory of one process", ylabel="GiB", xlabel="step")
-        for axes, points in ((upper, speed), (lower, memory)):
+        figure = Figure(figsize=(12.8, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.plot(*_columns(speed), color=BLUE, marker="o", markersize=4)
+        left.set(title="Throughput", ylabel="tokens per second", xlabel="step")
+        right.plot(*_columns(memory), color=ORANGE, marker="o", markersize=4)
+        right.set(title="Peak memory of one process", ylabel="GiB", xlabel="step")
+        figure.get_layout_engine().set(wspace=0.06)  # pyright: ignore
+        for axes, points in ((left, speed), (right, memory)):
             axes.set_ylim(0, 1.25 * max(value for _, value in points))
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.savefig(path)
@@ -132,13 +133,14 @@ def draw_plots(
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"Privacy spent": folder / "epsilon.png"}
     plot_epsilon(figures["Privacy spent"], epsilon, budget=budget, spent=spent)
-    heldout, speed = series(rows, "heldout_loss"), series(rows, "tokens_per_second")
+    heldout = series(rows, "heldout_loss")
+    speed, memory = series(rows, "tokens_per_second"), series(rows, "memory_gib")
     if heldout:
         figures["Held-out loss"] = folder / "heldout_loss.png"
         plot_heldout(figures["Held-out loss"], heldout)
-    if speed:
+    if speed and memory:
         figures["Throughput and memory"] = folder / "resources.png"
-        plot_resources(figures["Throughput and memory"], speed, series(rows, "memory_gib"))
+        plot_resources(figures["Throughput and memory"], speed, memory)
     return figures
 
 

@@ -135,7 +135,7 @@ def join_processes(*, replicate: int, context: int, device: str) -> Processes:
     kind = _device_type(device)
     launched = dist.is_torchelastic_launched() or dist.is_initialized()
     if kind == "cuda":
-        torch.cuda.set_device(dist.get_node_local_rank(fallback_rank=0) if launched else 0)
+        torch.cuda.set_device(_local_rank() if launched else 0)
     place = (
         torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
     )
@@ -157,6 +157,23 @@ def join_processes(*, replicate: int, context: int, device: str) -> Processes:
             f"{replicate * context} -m veilspan.trainer train … ({error})"
         ) from error
     return Processes(device=place, mesh=mesh)
+
+
+def leave_processes() -> None:
+    """End this process's part of the run; call it last in a program, never after an error.
+
+    Under gloo the process ends here, because gloo's own teardown sometimes aborts.
+    """
+    if dist.is_initialized():
+        from veilspan.parallel import finish
+
+        finish()
+
+
+def _local_rank() -> int:
+    from torch.distributed.distributed_c10d import get_node_local_rank
+
+    return get_node_local_rank(fallback_rank=0)
 
 
 def _device_type(device: str) -> str:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor, nn
 
 from veilspan.core.losses import causal_lm_losses
 from veilspan.trainer.data import Batch
 from veilspan.trainer.processes import Processes
 from veilspan.trainer.recipe import Recipe
+
+if TYPE_CHECKING:
+    from veilspan.parallel import Layout
 
 
 class SequenceLosses:
@@ -19,16 +23,21 @@ class SequenceLosses:
     Args:
         recipe: Says how long sequences are and how they are split.
         processes: Who holds the other parts.
+
+    Attributes:
+        layout: Which positions each process holds; None where sequences are whole.
     """
 
     def __init__(self, recipe: Recipe, processes: Processes) -> None:
         self._processes = processes
-        self._attention = recipe.parallel.attention
-        self._layout = None
+        self._attention: Literal["auto", "ulysses", "allgather"] = recipe.parallel.attention
+        # A process on its own computes in bfloat16 by autocast; others by how they were split.
+        self._autocast = recipe.model.dtype == "bfloat16" and processes.mesh is None
+        self.layout: Layout | None = None
         if processes.context[1] > 1:
             from veilspan.parallel import Layout
 
-            self._layout = Layout(
+            self.layout = Layout(
                 length=recipe.data.sequence_length,
                 ranks=processes.context[1],
                 kind=recipe.parallel.layout,
@@ -36,13 +45,13 @@ class SequenceLosses:
 
     def sharing(self) -> AbstractContextManager[object]:
         """Return a context that must enclose every forward pass together with its backward."""
-        if self._layout is None or self._processes.mesh is None:
+        if self.layout is None or self._processes.mesh is None:
             return nullcontext()
         from veilspan.parallel import context_parallel
 
-        return context_parallel(self._processes.mesh, self._layout, attention=self._attention)
+        return context_parallel(self._processes.mesh, self.layout, attention=self._attention)
 
-    def losses_B(
+    def losses_B(  # noqa: N802 - per-sample
         self, model: nn.Module, batch: Batch, *, reduction: Literal["mean", "sum"] = "mean"
     ) -> Tensor:
         """Return one loss per unit, `[B]` fp32; with split sequences, this process's share.
@@ -57,12 +66,13 @@ class SequenceLosses:
         """
         device = self._processes.device
         ids, labels = batch.input_ids.to(device), batch.labels.to(device)
-        if self._layout is None:
-            logits = model(input_ids=ids, use_cache=False).logits
+        if self.layout is None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=self._autocast):
+                logits = model(input_ids=ids, use_cache=False).logits
             return causal_lm_losses(logits, labels, reduction=reduction)
         from veilspan.parallel import shard_batch
 
-        part = shard_batch(ids, labels, self._layout, self._processes.context[0])
+        part = shard_batch(ids, labels, self.layout, self._processes.context[0])
         logits = model(
             input_ids=part.input_ids, position_ids=part.position_ids, use_cache=False
         ).logits

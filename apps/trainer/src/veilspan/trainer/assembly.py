@@ -1,0 +1,203 @@
+"""The parts of a run, put together from its recipe."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from veilspan.accounting import PrivacyPlan
+from veilspan.core import (
+    Automatic,
+    Clip,
+    Flat,
+    GaussianNoise,
+    PhiloxNoise,
+    PrivateStep,
+    new_key,
+)
+from veilspan.core.support import Report, preflight
+from veilspan.trainer.budget import privacy_plan
+from veilspan.trainer.data import Batch, Records, open_heldout, open_records
+from veilspan.trainer.errors import ModelError
+from veilspan.trainer.models import build_model, count_parameters
+from veilspan.trainer.processes import Processes
+from veilspan.trainer.recipe import Recipe
+from veilspan.trainer.releases import ReleaseGate
+from veilspan.trainer.run_folder import RunInfo, recipe_digest, software_versions
+from veilspan.trainer.secrets import key_fingerprint
+from veilspan.trainer.sequences import SequenceLosses
+from veilspan.trainer.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a run consists of before its first step.
+
+    Args:
+        recipe: The recipe.
+        plan: Sampling, noise and clipping, of which ε follows.
+        records: Protected units.
+        heldout: Public records, if the recipe names any.
+        model: The model, on its device, split over the processes of one sequence.
+        vocabulary: Number of tokens the model knows.
+        losses: How a batch becomes losses.
+    """
+
+    recipe: Recipe
+    plan: PrivacyPlan
+    records: Records
+    heldout: Records | None
+    model: nn.Module
+    vocabulary: int
+    losses: SequenceLosses
+
+
+def assemble(recipe: Recipe, processes: Processes) -> Parts:
+    """Open the data and build the model; nothing is written.
+
+    Raises:
+        TrainerError: If recipe, data, model and processes do not fit together.
+    """
+    tokenizer = load_tokenizer(recipe)
+    records = open_records(recipe, tokenizer)
+    plan = privacy_plan(recipe, len(records))
+    heldout = open_heldout(recipe, tokenizer)
+    split = processes.context[1] > 1
+    model = build_model(
+        recipe, tokenizer, attn_implementation=_shared_attention() if split else "sdpa"
+    )
+    losses = SequenceLosses(recipe, processes)
+    _place(model, recipe, processes, losses)
+    return Parts(
+        recipe=recipe,
+        plan=plan,
+        records=records,
+        heldout=heldout,
+        model=model,
+        vocabulary=int(model.get_input_embeddings().num_embeddings),  # pyright: ignore
+        losses=losses,
+    )
+
+
+def describe(parts: Parts, processes: Processes, key: bytes) -> RunInfo:
+    """Return the public facts that the run folder keeps."""
+    device = processes.device
+    parameters, trainable = count_parameters(parts.model)
+    return RunInfo(
+        recipe_digest=recipe_digest(parts.recipe),
+        key_fingerprint=key_fingerprint(key),
+        num_records=len(parts.records),
+        num_heldout=0 if parts.heldout is None else len(parts.heldout),
+        model_type=str(parts.model.config.model_type),  # pyright: ignore
+        parameters=parameters,
+        trainable=trainable,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        versions=software_versions(),
+    )
+
+
+def private_step(
+    parts: Parts, processes: Processes, gate: ReleaseGate, *, first_step: int
+) -> PrivateStep:
+    """Attach the mechanism to the model.
+
+    Guarantee:
+        The noise key is drawn from the operating system at every start, travels in memory only and
+        is stored nowhere: noise is never repeated, not even for a step that is repeated after a
+        crash, and every process of a copy and every copy of the model draws the same noise.
+    """
+    privacy, plan, compute = parts.recipe.privacy, parts.plan, parts.recipe.compute
+    rule = Clip() if privacy.clipping == "clip" else Automatic(gamma=privacy.gamma)
+    noise_key = processes.broadcast(new_key() if processes.is_first else None)
+    shards = reduction = None
+    if processes.mesh is not None:
+        from veilspan.parallel import ContextShards, ReplicaReduction
+
+        shards, reduction = ContextShards(processes.mesh), ReplicaReduction(processes.mesh)
+    assert plan.expected_batch_size is not None  # budget.privacy_plan always sets it
+    return PrivateStep(
+        parts.model,
+        clipping=Flat(clip_norm=plan.clip_norm, rule=rule),
+        noise_multiplier=plan.noise_multiplier,
+        expected_batch_size=plan.expected_batch_size,
+        backward=compute.backward,
+        norms=compute.norms,
+        noise=GaussianNoise(noise_key) if privacy.noise == "aes" else PhiloxNoise(noise_key),
+        shards=shards,
+        reduction=reduction,
+        on_release=gate,
+        first_step=first_step,
+    )
+
+
+def check(parts: Parts, step: PrivateStep) -> Report:
+    """Run the preflight, and one micro-batch of the real shape, on synthetic records.
+
+    Both are discarded before anything is released. Together they set the process's peak memory,
+    which therefore says nothing about private records, and let the cost model choose before the
+    first private record is read.
+
+    Raises:
+        PrivacyError: If the model or its loss cannot be trained privately.
+    """
+
+    def losses_of(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return parts.losses.losses_B(model, Batch(**batch))
+
+    with parts.losses.sharing():
+        report = preflight(step, losses_of, _synthetic(parts, 2))
+        batch = _synthetic(parts, parts.recipe.compute.microbatch_size)
+        with contextlib.suppress(_DiscardedError), step:
+            step.backward(losses_of(parts.model, batch))
+            raise _DiscardedError
+    return report
+
+
+class _DiscardedError(Exception):
+    """Leaves a logical batch without a release."""
+
+
+def _synthetic(parts: Parts, records: int) -> dict[str, torch.Tensor]:
+    """Return records of full length that were never anybody's."""
+    shape = (records, parts.recipe.data.sequence_length)
+    ids = torch.randint(parts.vocabulary, shape, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids}
+
+
+def _shared_attention() -> str:
+    from veilspan.parallel import register_attention
+
+    return register_attention()
+
+
+def _place(model: nn.Module, recipe: Recipe, processes: Processes, losses: SequenceLosses) -> None:
+    """Bring the model to its device and spread it over the processes, in place."""
+    model.to(processes.device)
+    full, low = recipe.compute.checkpointing == "full", recipe.model.dtype == "bfloat16"
+    if processes.mesh is None:
+        if full:
+            model.gradient_checkpointing_enable(  # pyright: ignore[reportCallIssue]
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        return
+    from veilspan.parallel import check_model, shard_model
+
+    try:
+        if losses.layout is not None:
+            check_model(
+                model.config, processes.mesh, losses.layout, attention=recipe.parallel.attention
+            )
+        shard_model(
+            model,
+            processes.mesh,
+            checkpointing=recipe.compute.checkpointing,
+            param_dtype=torch.bfloat16 if low else None,
+        )
+    except ValueError as error:
+        raise ModelError(
+            f"The model cannot be trained with parallel.context = {processes.context[1]}: {error}"
+        ) from error

@@ -1,0 +1,254 @@
+"""Training with differential privacy, from a recipe to a run folder.
+
+The code reads in the order of the data: plan, sampler, batch, share, forward, losses, backward,
+then inside `PrivateStep` norms, clipping, reduction, ledger and noise, and at last the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from veilspan.accounting import BudgetExceeded, Ledger, LedgerError
+from veilspan.core import Draw, PrivateStep, poisson_batches
+from veilspan.trainer.assembly import Parts, assemble, check, describe, private_step
+from veilspan.trainer.checkpoint import CheckpointError, Checkpoints, Progress, named_tensors
+from veilspan.trainer.data import collate
+from veilspan.trainer.export import export_model
+from veilspan.trainer.monitor import Monitor
+from veilspan.trainer.optimizer import learning_rate, make_optimizer, set_learning_rate
+from veilspan.trainer.overview import show_choices, show_outcome, show_start
+from veilspan.trainer.processes import Processes, join_processes
+from veilspan.trainer.recipe import Recipe
+from veilspan.trainer.releases import Observer, ReleaseGate, Unobserved
+from veilspan.trainer.report import write_report, write_statement
+from veilspan.trainer.run_folder import RunFolder, ledger_head, open_run, recipe_digest
+from veilspan.trainer.secrets import load_or_create_key
+from veilspan.trainer.throughput import Throughput
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run between two steps.
+
+    Args:
+        parts: Model, data and plan.
+        processes: Who works on it.
+        folder: Where results go.
+        ledger: Releases so far, on the first process only.
+        gate: Through which every release goes.
+        step: The private mechanism.
+        optimizer: AdamW.
+        checkpoints: Where to continue after a crash.
+        throughput: Clock.
+        observer: Told where the run is.
+    """
+
+    parts: Parts
+    processes: Processes
+    folder: RunFolder
+    ledger: Ledger | None
+    gate: ReleaseGate
+    step: PrivateStep
+    optimizer: torch.optim.Optimizer
+    checkpoints: Checkpoints
+    throughput: Throughput
+    observer: Observer
+
+
+def train(recipe: Recipe, *, observer: Observer | None = None) -> Path:
+    """Train a model with differential privacy; every process that torchrun started calls this.
+
+    A run that was interrupted continues from its newest checkpoint. A run that is finished, or
+    whose budget is spent, only writes its model and report again.
+
+    Args:
+        recipe: The run.
+        observer: Told where in a step the run is; for tests and monitoring.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        TrainerError: If anything the user can put right is wrong; nothing is lost.
+        LedgerError: If the ledger is damaged, of another run, or cannot be written.
+        PrivacyError: If the model cannot be trained with the stated guarantee.
+
+    Guarantee:
+        The model and everything in the run folder, except the times in the ledger, is
+        (ε, δ)-differentially private for the ε that the ledger gives. It counts every attempt at
+        every step.
+    """
+    parallel = recipe.parallel
+    if recipe.compute.threads is not None:
+        torch.set_num_threads(recipe.compute.threads)
+    processes = join_processes(
+        replicate=parallel.replicate, context=parallel.context, device=recipe.compute.device
+    )
+    with processes.together():
+        parts = assemble(recipe, processes)
+    with _opened(parts, processes) as (folder, key, ledger):
+        run, first_step = _resume(parts, processes, folder, ledger, observer or Unobserved())
+        console = Console(quiet=not processes.is_first)
+        show_start(console, parts, processes, folder, first_step=first_step)
+        show_choices(console, check(parts, run.step), run.step)
+        with Monitor(console, parts, processes, folder, ledger, first_step=first_step) as monitor:
+            _steps(run, key, first_step, monitor)
+        _finish(run, monitor)
+        show_outcome(console, folder, monitor.stop_reason)
+    return folder.root
+
+
+@contextmanager
+def _opened(parts: Parts, processes: Processes) -> Iterator[tuple[RunFolder, bytes, Ledger | None]]:
+    """Open run folder, key and ledger on the first process; give the key to all, in memory."""
+    folder, key, ledger = RunFolder(parts.recipe.run.folder), b"", None
+    with processes.together():
+        if processes.is_first:
+            key = load_or_create_key(key_path(parts.recipe))
+            ledger = open_run(folder, parts.recipe, parts.plan, describe(parts, processes, key))
+    try:
+        yield folder, processes.broadcast(key), ledger
+    finally:
+        if ledger is not None:
+            ledger.close()
+
+
+def key_path(recipe: Recipe) -> Path:
+    """Return where the secret sampling key lies: beside the run folder unless the recipe says."""
+    folder = recipe.run.folder
+    return recipe.privacy.key_file or folder.with_name(f"{folder.name}.key")
+
+
+def _resume(
+    parts: Parts, processes: Processes, folder: RunFolder, ledger: Ledger | None, observer: Observer
+) -> tuple[Run, int]:
+    """Attach the mechanism and go back to the newest checkpoint."""
+    optimizer = make_optimizer(parts.model, parts.recipe.optimizer)
+    checkpoints = Checkpoints(
+        folder.checkpoints, keep=parts.recipe.run.keep_checkpoints, processes=processes
+    )
+    newest = processes.broadcast(checkpoints.newest() if processes.is_first else None)
+    first_step = 0
+    if newest is not None:
+        progress = checkpoints.load(newest, named_tensors(parts.model, optimizer))
+        with processes.together():
+            _require_same_run(parts.recipe, folder, ledger, progress)
+        first_step = progress.step
+    gate = ReleaseGate(ledger, processes, observer)
+    tokens = (parts.plan.expected_batch_size or 0.0) * parts.recipe.data.sequence_length
+    run = Run(
+        parts=parts,
+        processes=processes,
+        folder=folder,
+        ledger=ledger,
+        gate=gate,
+        step=private_step(parts, processes, gate, first_step=first_step),
+        optimizer=optimizer,
+        checkpoints=checkpoints,
+        throughput=Throughput(tokens, processes.replicas[1], processes.device),
+        observer=observer,
+    )
+    return run, first_step
+
+
+def _require_same_run(
+    recipe: Recipe, folder: RunFolder, ledger: Ledger | None, progress: Progress
+) -> None:
+    """Refuse a checkpoint or a ledger that was put there from elsewhere, or cut."""
+    if progress.recipe_digest != recipe_digest(recipe):
+        raise CheckpointError(
+            f"The newest checkpoint in {folder.checkpoints} belongs to another run. Remove it, or "
+            "restore the checkpoints of this run."
+        )
+    if ledger is None:
+        return
+    ledger.require_at_least(progress.ledger_length)
+    if ledger_head(folder.ledger, progress.ledger_length) != progress.ledger_head:
+        raise LedgerError(
+            f"{folder.ledger} is not the ledger that the newest checkpoint was made with: release "
+            f"{progress.ledger_length} differs. Restore the right one, or start a new run; going "
+            "on would under-count the privacy spent."
+        )
+
+
+def _steps(run: Run, key: bytes, first_step: int, monitor: Monitor) -> None:
+    """Take the steps that remain, as far as the budget goes."""
+    recipe, plan = run.parts.recipe, run.parts.plan
+    monitor.show(first_step, run.throughput)
+    draws = poisson_batches(
+        len(run.parts.records),
+        plan.sampling_probability,
+        max(plan.steps, first_step),
+        key=key,
+        first_step=first_step,
+    )
+    for draw in draws:
+        try:
+            run.gate.require_budget()
+            _step(run, draw)
+        except BudgetExceeded as reason:
+            monitor.stop(reason, run.throughput)
+            return
+        finished = draw.step + 1
+        run.observer.at("after_optimizer", draw.step)
+        monitor.show(finished, run.throughput)
+        if finished % recipe.run.checkpoint_every == 0 and finished < plan.steps:
+            _save(run, finished)
+
+
+def _step(run: Run, draw: Draw) -> None:
+    """Turn one draw into one update; an empty draw is a step like any other."""
+    parts, clock = run.parts, run.throughput
+    settings = parts.recipe.optimizer
+    set_learning_rate(run.optimizer, learning_rate(settings, draw.step, parts.plan.steps))
+    share = draw.share(*run.processes.replicas)
+    with run.step:
+        for units in share.microbatches(parts.recipe.compute.microbatch_size):
+            batch = collate(parts.records, units)
+            with clock.microbatch(batch.input_ids.numel()), parts.losses.sharing():
+                run.step.backward(parts.losses.losses_B(parts.model, batch))
+        clock.begin_release()
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    clock.end_release()
+
+
+def _save(run: Run, finished: int) -> None:
+    """Write a checkpoint; called between two steps only."""
+    releases, head = 0, ""
+    with run.processes.together():
+        if run.ledger is not None:
+            releases = run.ledger.releases
+            head = ledger_head(run.folder.ledger, releases)
+    progress = Progress(
+        step=finished,
+        ledger_length=releases,
+        ledger_head=head,
+        recipe_digest=recipe_digest(run.parts.recipe),
+    )
+    run.checkpoints.save(
+        named_tensors(run.parts.model, run.optimizer),
+        progress,
+        before_rename=lambda: run.observer.at("during_save", finished),
+    )
+
+
+def _finish(run: Run, monitor: Monitor) -> None:
+    """Keep the result: checkpoint, statement, model, report."""
+    run.step.detach()
+    if not run.checkpoints.has(monitor.finished):
+        _save(run, monitor.finished)
+    statement = ""
+    with run.processes.together():
+        if run.processes.is_first:
+            statement = write_statement(run.folder.root)
+    export_model(run.parts.model, run.parts.recipe, run.folder, run.processes, note=statement)
+    with run.processes.together():
+        if run.processes.is_first:
+            write_report(run.folder.root)

@@ -1,0 +1,281 @@
+"""The folder of one run: which files it has, and whether it belongs to this recipe."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from veilspan.accounting import Ledger, LedgerError, PrivacyPlan
+from veilspan.trainer.errors import TrainerError
+from veilspan.trainer.files import write_whole
+from veilspan.trainer.recipe import Recipe, load_recipe
+
+_FORMAT = 1
+_PACKAGES = (
+    "veilspan-core",
+    "veilspan-accounting",
+    "veilspan-parallel",
+    "veilspan-trainer",
+    "torch",
+    "transformers",
+    "peft",
+    "numpy",
+)
+
+
+class RunFolderError(TrainerError):
+    """A run folder that cannot be used: another run's, damaged, or no run folder at all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """Public facts about a run, fixed when it starts (`run.json`).
+
+    Args:
+        recipe_digest: From `recipe_digest`.
+        key_fingerprint: From `secrets.key_fingerprint`.
+        num_records: Number N of protected units.
+        num_heldout: Number of public held-out records.
+        model_type: Architecture, as transformers names it.
+        parameters: All parameters; a tied one counts once.
+        trainable: Parameters that are trained.
+        device: What it trained on.
+        versions: Package name → version.
+    """
+
+    recipe_digest: str
+    key_fingerprint: str
+    num_records: int
+    num_heldout: int
+    model_type: str
+    parameters: int
+    trainable: int
+    device: str
+    versions: dict[str, str]
+    format: int = _FORMAT
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside a run folder; see the guide "The run folder" for what each is.
+
+    Args:
+        root: The folder.
+    """
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe with every default filled in."""
+        return self.root / "recipe.toml"
+
+    @property
+    def info(self) -> Path:
+        """Public facts; written last, so a folder that has it is a complete run folder."""
+        return self.root / "run.json"
+
+    @property
+    def ledger(self) -> Path:
+        """One line per release."""
+        return self.root / "ledger.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """Public quantities over time."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The same for TensorBoard."""
+        return self.root / "tensorboard"
+
+    @property
+    def statement(self) -> Path:
+        """The guarantee in words."""
+        return self.root / "privacy_statement.md"
+
+    @property
+    def statement_json(self) -> Path:
+        """The guarantee in numbers."""
+        return self.root / "privacy_statement.json"
+
+    @property
+    def plots(self) -> Path:
+        """Figures."""
+        return self.root / "plots"
+
+    @property
+    def report(self) -> Path:
+        """The report, one self-contained page."""
+        return self.root / "report.html"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints, newest kept."""
+        return self.root / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The exported model."""
+        return self.root / "model"
+
+    def read_info(self) -> RunInfo:
+        """Return the facts in `run.json`.
+
+        Raises:
+            RunFolderError: If the file is missing, damaged, or of an unknown format.
+        """
+        try:
+            fields = json.loads(self.info.read_text(encoding="utf-8"))
+            if fields["format"] != _FORMAT:
+                raise ValueError(f"format {fields['format']}, this version reads {_FORMAT}")
+            return RunInfo(**fields)
+        except FileNotFoundError as error:
+            raise RunFolderError(
+                f"{self.root} is no run folder: it holds no {self.info.name}. Give the folder that "
+                "the recipe names in run.folder."
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(f"{self.info} is damaged: {error}.") from error
+
+    def read_recipe(self) -> Recipe:
+        """Return the recipe of the run."""
+        return load_recipe(self.recipe)
+
+    def read_ledger(self) -> Ledger:
+        """Return the ledger for reading; a run that is going on may keep writing it."""
+        return Ledger.open(self.ledger, read_only=True)
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """Return a SHA-256 of everything in a recipe that decides what is learned.
+
+    How the work is spread (`parallel`, `compute`), how often results are shown or saved, and where
+    files lie may change when a run continues; model, data, privacy and optimizer may not.
+    """
+    settings: dict[str, Any] = recipe.model_dump(mode="json", exclude={"parallel", "compute"})
+    settings["privacy"].pop("key_file")
+    settings["run"] = {"seed": recipe.run.seed}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def open_run(folder: RunFolder, recipe: Recipe, plan: PrivacyPlan, info: RunInfo) -> Ledger:
+    """Create a run folder, or continue in the one that exists.
+
+    Args:
+        folder: The folder.
+        recipe: The recipe.
+        plan: The privacy plan made from it.
+        info: Facts about this run.
+
+    Returns:
+        Its ledger, opened for writing.
+
+    Raises:
+        RunFolderError: If the folder belongs to another run, holds something else, cannot be
+            written.
+        LedgerError: If the ledger is damaged, missing, in use, or of another plan.
+    """
+    try:
+        if folder.info.is_file():
+            return _continue(folder, plan, info)
+        return _create(folder, recipe, plan, info)
+    except OSError as error:
+        raise RunFolderError(
+            f"Cannot write the run folder {folder.root}: {error.strerror}. Free disk space, make "
+            "the folder writable, or choose another with run.folder."
+        ) from error
+
+
+def ledger_head(path: Path, releases: int) -> str:
+    """Return the SHA-256 of the line of a ledger that recorded its `releases`-th release.
+
+    Together with the ledger's own chain it fixes every line up to there; 0 is the first line.
+
+    Raises:
+        LedgerError: If the ledger has fewer lines.
+    """
+    lines = path.read_bytes().split(b"\n")
+    if releases >= len(lines):
+        raise LedgerError(f"{path} holds fewer than {releases} releases: its end was lost.")
+    return hashlib.sha256(lines[releases]).hexdigest()
+
+
+def software_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that the guarantee depends on."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _continue(folder: RunFolder, plan: PrivacyPlan, info: RunInfo) -> Ledger:
+    known = folder.read_info()
+    if known.recipe_digest != info.recipe_digest:
+        raise RunFolderError(
+            f"{folder.root} belongs to a run with another recipe (compare {folder.recipe}). Give "
+            "this run a folder of its own with run.folder, or use that recipe."
+        )
+    if known.key_fingerprint != info.key_fingerprint:
+        raise RunFolderError(
+            f"{folder.root} belongs to a run with another sampling key: repeated steps would draw "
+            "other units. Restore the key file (privacy.key_file), or start in a new folder."
+        )
+    if known.num_records != info.num_records:
+        raise RunFolderError(
+            f"{folder.root} began with {known.num_records} units of data, now there are "
+            f"{info.num_records}. Restore the data, or start in a new folder."
+        )
+    return Ledger.open(folder.ledger, plan=plan, run_id=_run_id(info))
+
+
+def _create(folder: RunFolder, recipe: Recipe, plan: PrivacyPlan, info: RunInfo) -> Ledger:
+    folder.root.mkdir(parents=True, exist_ok=True)
+    _clear_interrupted_start(folder)
+    write_whole(folder.recipe, recipe.to_toml())
+    budget = recipe.privacy.target_epsilon or plan.epsilon().upper
+    ledger = Ledger.create(folder.ledger, plan, budget_epsilon=budget, run_id=_run_id(info))
+    write_whole(folder.info, json.dumps(asdict(info), indent=2) + "\n")
+    return ledger
+
+
+def _clear_interrupted_start(folder: RunFolder) -> None:
+    """Remove what a start leaves behind that crashed before its first release."""
+    ours = {folder.recipe.name, folder.ledger.name}
+    foreign = sorted(
+        path.name
+        for path in folder.root.iterdir()
+        if path.name not in ours and not path.name.startswith(".partial-")
+    )
+    if foreign:
+        raise RunFolderError(
+            f"run.folder is {folder.root}, which is not empty and holds no run ({foreign[0]}); "
+            "choose another folder."
+        )
+    if folder.ledger.exists():
+        _require_unused(folder.ledger)
+        folder.ledger.unlink()
+
+
+def _require_unused(path: Path) -> None:
+    if b"\n" not in path.read_bytes():
+        return  # not even the first line is complete
+    with Ledger.open(path, read_only=True) as ledger:
+        if ledger.releases:
+            raise LedgerError(
+                f"{path} counts {ledger.releases} releases, but the run folder lost its run.json. "
+                "Restore that file; a new run needs a folder of its own."
+            )
+
+
+def _run_id(info: RunInfo) -> str:
+    return f"{info.recipe_digest[:16]}-{info.key_fingerprint}"
