@@ -54,7 +54,9 @@ def causal_lm_losses(
     _check_options(reduction, shifted, num_tokens_B, len(logits))
     targets_BT = labels.long()
     if not shifted:
-        targets_BT = torch.nn.functional.pad(targets_BT[:, 1:], (0, 1), value=ignore_index)
+        next_BT = targets_BT[:, 1:]
+        targets_BT = torch.full_like(targets_BT, ignore_index)
+        targets_BT[:, :-1] = next_BT
     counted_BT = targets_BT != ignore_index
     _check_range(targets_BT, counted_BT, logits.shape[-1])
     losses_B = _TokenLosses.apply(logits, targets_BT, counted_BT).sum(1)
@@ -70,8 +72,8 @@ def causal_lm_losses(
 class _TokenLosses(torch.autograd.Function):
     """Cross entropy per token without keeping a second `[B, T, V]` for the backward.
 
-    Autograd's own would keep the log-probabilities. This keeps one number per token, and works in
-    chunks that stay in the cache.
+    Autograd's own would keep the log-probabilities. This keeps two numbers per token, and works in
+    chunks that stay in the cache. N is B·T.
     """
 
     @staticmethod
@@ -79,31 +81,35 @@ class _TokenLosses(torch.autograd.Function):
         wide = torch.promote_types(logits_BTV.dtype, torch.float32)
         logits_NV = logits_BTV.reshape(-1, logits_BTV.shape[-1])
         targets_N = targets_BT.masked_fill(~counted_BT, 0).reshape(-1)
-        normalizers_N = logits_NV.new_empty(len(logits_NV), dtype=wide)
-        losses_N = torch.empty_like(normalizers_N)
+        highest_N, sums_N, losses_N = logits_NV.new_empty(3, len(logits_NV), dtype=wide)
         for rows in _row_chunks(logits_NV):
             chunk = logits_NV[rows].to(wide)
+            torch.amax(chunk, 1, out=highest_N[rows])
+            chunk = chunk - highest_N[rows, None]
             target = chunk.gather(1, targets_N[rows, None]).squeeze(1)
-            normalizers_N[rows] = chunk.logsumexp(1)
-            losses_N[rows] = normalizers_N[rows] - target
-        ctx.save_for_backward(logits_NV, targets_N, counted_BT, normalizers_N)
+            torch.sum(chunk.exp_(), 1, out=sums_N[rows])
+            torch.sub(sums_N[rows].log(), target, out=losses_N[rows])
+        ctx.save_for_backward(logits_NV, targets_N, counted_BT, highest_N, sums_N)
         return losses_N.view(targets_BT.shape).masked_fill(~counted_BT, 0.0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - the decorator is untyped
-        ctx: Any, *grad_outputs: Tensor
-    ) -> tuple[Tensor, None, None]:
-        (grad_BT,) = grad_outputs
-        logits_NV, targets_N, counted_BT, normalizers_N = ctx.saved_tensors
-        weight_N = grad_BT.reshape(-1, 1)
-        ignored_N = ~counted_BT.reshape(-1, 1)
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "causal_lm_losses has no second derivative: call backward without "
+                "create_graph=True, or use torch.nn.functional.cross_entropy."
+            )
+        logits_NV, targets_N, counted_BT, highest_N, sums_N = ctx.saved_tensors
+        weight_N = grad_outputs[0].reshape(-1)
+        ignored_N1 = ~counted_BT.reshape(-1, 1)
         grad_NV = torch.empty_like(logits_NV)
         for rows in _row_chunks(logits_NV):
-            chunk = (logits_NV[rows] - normalizers_N[rows, None]).exp_().mul_(weight_N[rows])
-            chunk.scatter_add_(1, targets_N[rows, None], -weight_N[rows])
+            weight = weight_N[rows, None]
+            chunk = (logits_NV[rows] - highest_N[rows, None]).exp_()
+            chunk.mul_(weight / sums_N[rows, None])
+            chunk.scatter_add_(1, targets_N[rows, None], -weight)
             # Not a product with 0: logits of tokens that do not count may be infinite or NaN.
-            grad_NV[rows] = chunk.masked_fill_(ignored_N[rows], 0.0)
+            grad_NV[rows] = chunk.masked_fill_(ignored_N1[rows], 0.0)
         return grad_NV.view(*counted_BT.shape, grad_NV.shape[1]), None, None
 
 
