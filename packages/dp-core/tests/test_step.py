@@ -387,6 +387,27 @@ def test_auto_takes_one_record_as_it_is_and_stores_gradients_of_several():
     assert "linear" in text
 
 
+def test_a_layer_that_sees_tokens_as_rows_is_no_obstacle_to_single_samples():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.inner(x.flatten(0, 1)).view(x.shape)
+
+    torch.manual_seed(0)
+    model, x = Tokens(), torch.randn(1, 5, 3)
+    step = attach(model, clip_norm=1e6, backward="auto", expected_batch_size=1.0)
+    with step:
+        step.backward(square_losses(model, x))
+    got = model.inner.weight.grad.clone()
+    model.zero_grad()
+    step.detach()
+    square_losses(model, x).sum().backward()
+    assert torch.allclose(got, model.inner.weight.grad)
+
+
 def test_explain_names_the_norm_method_of_every_linear_map():
     model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512))
     step = attach(model, backward="two_pass")

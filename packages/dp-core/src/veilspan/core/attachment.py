@@ -39,6 +39,7 @@ class Attachment:
         self._norm_method = norm_method
         self._tapped = tapped
         self._active = False
+        self._decided = False  # the model's own input has told the size of this micro-batch
         self._inference = 0
         self.sites = [self._patch(module) for module in modules]
         self._handles = [
@@ -77,6 +78,7 @@ class Attachment:
     def end_micro_batch(self) -> None:
         """Forget the taps of the micro-batch in progress."""
         self.micro_batch = None
+        self._decided = False
 
     def _enter_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
@@ -95,11 +97,12 @@ class Attachment:
         """Return the micro-batch that a site's call belongs to; None to pass it through."""
         if not self._active or self._inference:
             return None
-        if self.micro_batch is None and torch.is_grad_enabled():
+        if not self._decided and torch.is_grad_enabled():
             self._begin(inputs)  # a submodule was called without the model around it
         return self.micro_batch
 
     def _begin(self, lead: Tensor) -> None:
+        self._decided = True
         size = lead.shape[0] if lead.ndim else 1
         length = lead.shape[1] if lead.ndim > 1 else 1
         if self.micro_batch is not None and self.micro_batch.size == size:
