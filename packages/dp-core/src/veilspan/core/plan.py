@@ -63,9 +63,10 @@ class StrategyPlan:
         """
         key = (size, length)
         if key not in self.chosen:
-            self.chosen[key] = self._decide(size, length)
-            choice = self.chosen[key]
-            _log.info("%d x %d tokens: %s, %s", size, length, choice.name, choice.reason)
+            choice = self._decide(size, length)
+            if choice.name not in {known.name for known in self.chosen.values()}:
+                _log.info("backward: %s (%s)", choice.name, choice.reason)
+            self.chosen[key] = choice
         name = self.chosen[key].name
         return name if STRATEGIES[name].tapped else None
 
@@ -84,14 +85,16 @@ class StrategyPlan:
         return " + ".join(kinds)
 
     def table(self, lengths: dict[str, int]) -> str:
-        """Return the choices as text: strategies per shape, then a line per module.
+        """Return the choices as text: a line per strategy, then a line per module.
 
         Args:
             lengths: Tokens of the last input of each tapped module, by module name.
         """
+        # one line a strategy, for its largest shape: how full the last micro-batch was is private
+        largest = {self.chosen[shape].name: shape for shape in sorted(self.chosen)}
         lines = [
-            f"micro-batch of {size} x {length} tokens: {choice.name} ({choice.reason})"
-            for (size, length), choice in self.chosen.items()
+            f"micro-batch of {size} x {length} tokens: {name} ({self.chosen[size, length].reason})"
+            for name, (size, length) in largest.items()
         ] or [f"backward: {self.backward}; decided at the first micro-batch"]
         width = max(len(m.name) for m in self.modules)
         for module in self.modules:

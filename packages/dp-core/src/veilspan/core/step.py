@@ -224,7 +224,7 @@ class PrivateStep:
         return self._plan.path_of(parameter)
 
     def explain(self) -> str:
-        """Return the strategy of each shape seen, and the path of each trainable module."""
+        """Return the strategies in use, with the reasons, and the path of each trainable module."""
         lengths = {site.name: math.prod(site.last_shape[1:-1]) for site in self._attachment.sites}
         return self._plan.table(lengths)
 
