@@ -141,7 +141,9 @@ def _split(
     )
     # Embedding and head stay together in the root group: tied weights must not be split apart.
     for module in (*blocks, model):
-        fully_shard(module, mesh=mesh.context_mesh, mp_policy=policy)
+        # The root too frees what it gathered: between passes the model always shows its shards,
+        # also after an evaluation or a forward pass that no backward pass follows.
+        fully_shard(module, mesh=mesh.context_mesh, mp_policy=policy, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

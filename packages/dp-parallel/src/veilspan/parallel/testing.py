@@ -8,6 +8,7 @@ file, so no port can be taken twice.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -72,6 +73,41 @@ def run_ranks(
             ]
             for ranks in worlds
         }
+
+
+def run_ranks_once(
+    folder: Path, script: Path, worlds: Sequence[int], *, timeout_s: float = 600.0
+) -> dict[int, list[Any]]:
+    """Run `script` as `run_ranks` does, once for all processes that share `folder`.
+
+    Workers of one pytest run call it with the folder that they have in common: the first starts the
+    ranks, the others wait and read what it found, a failure included.
+
+    Args:
+        folder: An existing folder of this test run.
+        script: A file that calls `rank_main`.
+        worlds: Numbers of ranks.
+        timeout_s: Seconds for all worlds together until the run is given up.
+
+    Returns:
+        The reports by number of ranks.
+
+    Raises:
+        RuntimeError: As `run_ranks`, in every process.
+    """
+    found = folder / f"{script.stem}.json"
+    with (folder / f"{script.stem}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not found.exists():
+            try:
+                reports: Any = run_ranks(script, worlds, timeout_s=timeout_s)
+            except RuntimeError as error:
+                reports = str(error)
+            found.write_text(json.dumps(reports))
+    content = json.loads(found.read_text())
+    if isinstance(content, str):
+        raise RuntimeError(content)
+    return {int(ranks): reports for ranks, reports in content.items()}
 
 
 def rank_main(body: Callable[[list[str]], Any], *, timeout_s: float = 120.0) -> None:

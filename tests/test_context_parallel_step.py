@@ -1,0 +1,119 @@
+"""The private step over 1, 2 and 4 processes: sums, noise, replicas, pitfalls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from veilspan.parallel.testing import run_ranks_once
+
+pytestmark = pytest.mark.distributed
+
+MESHES = {"1x1": 1, "1x2": 2, "2x1": 2, "1x4": 4, "2x2": 4}
+"""Number of ranks of each mesh `replicate x context`."""
+
+on_every_mesh = pytest.mark.parametrize("mesh", MESHES)
+
+Found = dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="session")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What every rank of every mesh found."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if own.name.startswith("popen-") else own  # of all pytest-xdist workers
+    script = Path(__file__).parent / "ranks" / "private_step.py"
+    reports = run_ranks_once(shared, script, sorted(set(MESHES.values())))
+    return {mesh: [report[mesh] for report in reports[ranks]] for mesh, ranks in MESHES.items()}
+
+
+def values(found: Found, *path: str) -> Iterator[Any]:
+    """Yield one finding of every rank of every mesh."""
+    for ranks in found.values():
+        for report in ranks:
+            value: Any = report
+            for name in path:
+                value = value[name]
+            yield value
+
+
+@on_every_mesh
+def test_clipped_sums_equal_the_per_sample_loop(found, mesh):
+    for report in found[mesh]:
+        errors = report["clipped sums"]
+        assert len(errors) == 16
+        for case, error in errors.items():
+            assert error <= (1e-10 if case.endswith("float64") else 1e-5), case
+
+
+@on_every_mesh
+def test_pitfall_34_norms_of_aligned_parts_are_those_of_the_whole_record(found, mesh):
+    """One token repeated: every rank's part of the gradient points the same way."""
+    for report in found[mesh]:
+        assert report["uneven"]["aligned parts"] == pytest.approx(1.0, abs=1e-10)
+        naive = report["naive norm"]
+        assert naive == pytest.approx(1.0) if mesh in ("1x1", "2x1") else abs(naive - 1) > 0.05
+
+
+@pytest.mark.parametrize("mesh", ["2x1", "2x2"])
+def test_pitfall_33_replicas_may_run_different_numbers_of_micro_batches(found, mesh):
+    for report in found[mesh]:
+        assert report["uneven"]["four and one"] <= 1e-10
+        assert report["uneven"]["two and none"] <= 1e-10
+
+
+@on_every_mesh
+def test_pitfall_22_a_record_not_finite_on_one_rank_adds_nothing_on_any(found, mesh):
+    assert all(report["uneven"]["not finite"] <= 1e-10 for report in found[mesh])
+
+
+def test_pitfall_05_noise_is_bitwise_the_same_on_every_mesh(found):
+    assert len(set(values(found, "noise", "digest"))) == 1
+
+
+def test_pitfall_05_the_standard_deviation_of_the_noise_is_sigma_times_clip_norm(found):
+    assert min(values(found, "noise", "draws")) >= 10**6
+    for ratio in values(found, "noise", "std over sigma C"):
+        assert ratio == pytest.approx(1.0, abs=0.01)
+
+
+def test_pitfall_04_noise_of_shards_and_tensors_is_uncorrelated(found):
+    """In units of one over the root of the sample size."""
+    assert max(values(found, "noise", "correlation")) < 4
+
+
+@pytest.mark.parametrize("mesh", ["2x1", "2x2"])
+def test_pitfall_32_replicas_are_bitwise_equal_after_twenty_steps(found, mesh):
+    digests: dict[int, set[str]] = {}
+    for report in found[mesh]:
+        context_rank = report["rank"][1]
+        digests.setdefault(context_rank, set()).add(report["twenty steps"]["digest"])
+    assert all(len(of_replicas) == 1 for of_replicas in digests.values())
+    assert len(set().union(*digests.values())) == len(digests)
+
+
+def test_pitfall_03_every_mesh_trains_on_the_same_draws_to_the_same_model(found):
+    first, *others = values(found, "twenty steps")
+    assert 0 in first["sizes"]
+    for other in others:
+        assert other["sizes"] == first["sizes"]
+        assert other["parameters"] == pytest.approx(first["parameters"], rel=1e-9)
+
+
+@on_every_mesh
+def test_pitfall_02_an_empty_draw_is_a_step_with_noise(found, mesh):
+    for report in found[mesh]:
+        empty = report["empty draws"]
+        assert empty["releases"]
+        assert empty["empty"] > 150
+        assert empty["std over sigma C"] == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("mesh", ["1x2", "1x4", "2x2"])
+def test_pitfall_35_a_parameter_that_every_context_rank_holds_is_refused(found, mesh):
+    for report in found[mesh]:
+        assert "held whole by each of the" in report["unsharded"]
+        assert "shard_model" in report["unsharded"]
