@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import adapters
 import attention
 import families
 import sharding
@@ -13,9 +14,11 @@ from veilspan.parallel.testing import rank_main
 
 
 def body(arguments: list[str]) -> dict[str, Any]:
-    found = {"attention": attention.body(), "sharding": sharding.body()}
+    found: dict[str, Any] = {"attention": attention.body(), "sharding": sharding.body()}
     chosen = families.FAMILIES if dist.get_world_size() == 2 else families.MOST_DIFFERENT
-    return {**found, "families": families.body(chosen)}
+    # Families first: they make fp64 models stay in fp64 for those that follow.
+    found["families"] = families.body(chosen)
+    return {**found, "adapters": adapters.body()}
 
 
 if __name__ == "__main__":
