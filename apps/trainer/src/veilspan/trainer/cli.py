@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import torch.distributed as dist
 import typer
 from rich.console import Console
 
@@ -22,6 +21,7 @@ from veilspan.trainer.recipe import load_recipe
 USER_ERROR = 2
 """Exit status where the user can put something right."""
 
+_PATIENCE = 30.0  # seconds
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 app = typer.Typer(
@@ -91,31 +91,34 @@ def _user_errors() -> Iterator[None]:
     """Turn what the user can put right into one message and exit status 2."""
     try:
         yield
+    except TrainerError as error:
+        _refuse(str(error))
     except OSError as error:
         if error.errno not in _STORAGE:
             raise
         _refuse(f"{error.filename or 'A file'} cannot be written or read: {error.strerror}.")
     except Exception as error:
-        if not isinstance(error, _expected()):
+        if not isinstance(error, _refusals()):
             raise
         _refuse(str(error))
 
 
-def _expected() -> tuple[type[Exception], ...]:
+def _refusals() -> tuple[type[Exception], ...]:
     from veilspan.accounting import BudgetExceeded, LedgerError
     from veilspan.core import PrivacyError
 
-    return TrainerError, PrivacyError, LedgerError, BudgetExceeded
+    return PrivacyError, LedgerError, BudgetExceeded
 
 
 def _refuse(message: str) -> None:
     rank = int(os.environ.get("RANK", "0"))  # set by torchrun, also before the processes meet
     if rank > 0:
-        # If the first process fails as well, the launcher ends this one before it repeats that.
-        time.sleep(3)
+        # The first process has usually failed too; the launcher then ends this one before it
+        # repeats the message. Where this process alone has failed, it must not do so in silence.
+        time.sleep(_PATIENCE)
     console = Console(stderr=True, soft_wrap=True)
     console.print(f"Error: {message}", style="bold red", markup=False, highlight=False)
-    if dist.is_available() and dist.is_initialized():
+    if _distributed():
         # The other processes may be waiting for this one: no orderly end is possible.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -124,7 +127,13 @@ def _refuse(message: str) -> None:
 
 
 def _leave() -> None:
-    if dist.is_available() and dist.is_initialized():
+    if _distributed():
         from veilspan.parallel import finish
 
         finish()
+
+
+def _distributed() -> bool:
+    """Tell whether process groups exist, without the seconds that importing torch takes."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and dist.is_initialized()

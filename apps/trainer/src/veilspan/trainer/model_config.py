@@ -71,7 +71,11 @@ def _from_scratch(
             'use for example "llama", "qwen3", "mistral", "gemma" or "gpt2".'
         ) from error
     _check_keys(settings, default)
-    filled = _defaults(default, sequence_length, tokenizer) | settings
+    filled = settings | {
+        name: value
+        for name, value in _defaults(default, sequence_length, tokenizer).items()
+        if name not in settings and default.attribute_map.get(name) not in settings
+    }
     try:
         return _decoder(AutoConfig.for_model(kind, **filled), "model.config")
     except ModelError:

@@ -49,13 +49,21 @@ def build_model(
     return model.train()
 
 
-def sketch_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+def sketch_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, attn_implementation: str = "sdpa"
+) -> nn.Module:
     """Return the model of a recipe with random weights only; meant for the meta device.
+
+    Args:
+        recipe: The recipe.
+        tokenizer: Tokenizer of the data.
+        attn_implementation: Name in the attention registry of transformers.
 
     Raises:
         ModelError: If the model cannot be built, or does not fit tokenizer and data.
     """
-    model = _create(model_config(recipe, tokenizer), _frozen_dtype(recipe), "sdpa")
+    config = model_config(recipe, tokenizer)
+    model = _create(config, _frozen_dtype(recipe), attn_implementation)
     return model if recipe.model.lora is None else _adapt(model, recipe.model.lora)
 
 
