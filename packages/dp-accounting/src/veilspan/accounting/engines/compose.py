@@ -1,19 +1,20 @@
 """The sum of many independent losses, by one exponentially tilted Fourier transform.
 
 A plain transform has rounding errors of about 1e-16 of the total mass, which drown a δ of 1e-12.
-Here every atom is first multiplied by exp(θ · loss) with the θ of the best Chernoff bound: the mass
-that decides δ becomes the bulk of the tilted distribution, so all errors are relative to δ.
-All weights below are in units of δ at `reference`, the Chernoff bound on ε: tilting back means
-multiplying by exp(-θ (loss - reference)), which neither overflows nor underflows where it matters.
+Here every atom is first multiplied by exp(θ · loss), which moves the bulk of the distribution
+towards the mass that decides δ, so that all errors become small against δ itself. Tilting back
+multiplies by exp(K(θ) - θ · loss), and dividing by δ on the way keeps that factor moderate.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import numpy as np
 from scipy import fft as scipy_fft
+from scipy.linalg import solve_banded
 
 from veilspan.accounting.engines.discretise import GridLoss
 from veilspan.accounting.engines.one_step import Array
@@ -23,9 +24,14 @@ fft: Any = scipy_fft  # its dispatchers are annotated with what they dispatch on
 
 # Tilted mass that may lie outside the transform's window on either side; charged to δ.
 _OUTSIDE = 1e-12
-# Rounding of the transform and of the repeated squaring, relative to δ; charged to δ.
-_ROUNDING = 1e-9
-_ROUNDING_PER_STEP = 1e-14
+# Rounding of the transform and of the repeated squaring, as tilted mass; charged to δ.
+_ROUNDING = 1e-12
+_ROUNDING_PER_STEP = 1e-15
+_LOG_WANTED_ERROR = math.log(1e-4)  # of δ, relative
+_LARGEST_CHARGE = 1e-3  # relative to δ; above it another tilt is tried
+_TILTS = 8
+
+_Flaw = Literal["none", "below window", "charged"]
 _LARGEST_EXPONENT = 600.0
 # Logarithm below which a frequency of the sum is far under rounding.
 _NEGLIGIBLE = -60.0
@@ -37,14 +43,24 @@ class Composition:
     Args:
         grid: Loss of one release.
         steps: Number of releases, at least 1.
-        delta: The δ at which ε will be asked; sets the tilt, which affects precision only.
+        delta: The δ at which ε will be asked.
         largest_transform: Most grid points the transform may have.
+        guess: About where ε lies, rather too small than too large; `None` for no idea. Affects
+            precision and cost only.
 
     Raises:
         WindowTooWideError: If the transform would need more points; carries the spacing that fits.
     """
 
-    def __init__(self, grid: GridLoss, steps: int, delta: float, *, largest_transform: int) -> None:
+    def __init__(
+        self,
+        grid: GridLoss,
+        steps: int,
+        delta: float,
+        *,
+        largest_transform: int,
+        guess: float | None = None,
+    ) -> None:
         self._spacing, self._steps = grid.spacing, steps
         occupied = grid.mass > 0
         self._index, self._mass = grid.index[occupied], grid.mass[occupied]
@@ -53,22 +69,34 @@ class Composition:
         # log(1 - probability that any of the steps had an infinite loss)
         self._log_finite = steps * math.log1p(-grid.infinite)
         self._log_delta = math.log(delta)
-        self._find_tilt()
-        low, high = self._window()
-        self._first = math.floor((low - steps * self._origin) / self._spacing) - 1
-        last = math.ceil((high - steps * self._origin) / self._spacing) + 1
-        size = last - self._first + 1
-        if size > largest_transform:
-            raise WindowTooWideError(self._spacing * 1.05 * size / largest_transform)
-        self._tilted = self._transform(size)
+        self._largest_transform = largest_transform
+        self._charge = 2 * _OUTSIDE + _ROUNDING + _ROUNDING_PER_STEP * steps
+        # Without a guess the tilt is the strongest that makes sense.
+        self._stronger = 0.25 if guess is None else 2.0
+        self._tilt(self._best_tilt(guess))
 
     def upper_epsilon(self) -> float:
         """Return the smallest ε at which δ, errors added, is at most the given one."""
-        return self._epsilon(+1)
+        best = math.inf
+        for epsilon in self._answers(+1):
+            best = min(best, epsilon)  # every tilt gives a valid bound
+        return best
 
     def lower_epsilon(self) -> float:
         """Return the largest ε at which δ, errors taken off, is still above the given one."""
-        return self._epsilon(-1)
+        return max(self._answers(-1))
+
+    def _answers(self, sign: int) -> Iterator[float]:
+        """Yield valid bounds under other tilts, until one is sharp."""
+        for _ in range(_TILTS):
+            epsilon, flaw = self._epsilon(sign)
+            yield epsilon
+            if flaw == "none":
+                return
+            try:
+                self._tilt(self._theta * (0.25 if flaw == "below window" else self._stronger))
+            except WindowTooWideError:
+                return
 
     def _log_moments(self, order: Array) -> Array:
         """Return log E[exp(order · loss)] of one finite loss, for each order."""
@@ -76,25 +104,41 @@ class Composition:
         peak = exponent.max(axis=1, keepdims=True)
         return peak[:, 0] + np.log(np.exp(exponent - peak).sum(axis=1))
 
+    def _best_tilt(self, guess: float | None) -> float:
+        """Return a tilt; it decides how precise the answer is, never whether it holds.
+
+        Without a guess it is the θ of the best Chernoff bound on ε, (K(θ) - log δ)/θ. With one, it
+        is the smallest θ that keeps errors small against δ at the guess: weak tilts have light
+        tails, and light tails a narrow window.
+        """
+        orders = np.geomspace(1e-2, 1e3, 64) / self._spread(0.0)
+        log_tail = self._steps * self._log_moments(orders) - self._log_delta
+        if guess is None:
+            return float(orders[np.argmin(log_tail / orders)])
+        log_error = math.log(self._charge) + log_tail - orders * guess
+        small = np.flatnonzero(log_error <= _LOG_WANTED_ERROR)
+        return float(orders[small[0] if len(small) else np.argmin(log_error)])
+
     def _spread(self, order: float) -> float:
         """Return the standard deviation of the composed loss after tilting by `order`."""
         exponent = order * self._loss + np.log(self._mass)
         weight = np.exp(exponent - exponent.max())
         weight /= weight.sum()
-        centred = self._loss - np.dot(weight, self._loss)
-        variance = float(np.dot(weight, centred**2))
-        return max(math.sqrt(variance * self._steps), self._spacing)
+        variance = np.dot(weight, (self._loss - np.dot(weight, self._loss)) ** 2)
+        return max(math.sqrt(self._steps * float(variance)), self._spacing)
 
-    def _find_tilt(self) -> None:
-        """Choose θ by the Chernoff bound on ε: (K(θ) - log δ)/θ, smallest over θ."""
-        orders = np.geomspace(1e-2, 1e3, 48) / self._spread(0.0)
-        for points in (24, 0):
-            bound = (self._steps * self._log_moments(orders) - self._log_delta) / orders
-            best = int(np.argmin(bound))
-            if points:
-                near = orders[max(best - 1, 0)], orders[min(best + 1, len(orders) - 1)]
-                orders = np.geomspace(*near, points)
-        self._theta, self._reference = float(orders[best]), float(bound[best])
+    def _tilt(self, theta: float) -> None:
+        """Tilt by `theta` and transform."""
+        self._theta = theta
+        self._log_moment = self._steps * float(self._log_moments(np.array([theta]))[0])
+        low, high = self._window()
+        offset = self._steps * self._origin
+        self._first = math.floor((low - offset) / self._spacing) - 1
+        last = math.ceil((high - offset) / self._spacing) + 1
+        size = last - self._first + 1
+        if size > self._largest_transform:
+            raise WindowTooWideError(self._spacing * 1.05 * size / self._largest_transform)
+        self._tilted = self._transform(size)
 
     def _window(self) -> tuple[float, float]:
         """Return losses below and above which the tilted sum has at most `_OUTSIDE` mass each."""
@@ -123,47 +167,44 @@ class Composition:
             raise EngineError("the Fourier transform of the loss overflowed")
         return np.maximum(tilted, 0.0)
 
-    def _epsilon(self, sign: int) -> float:
-        """Return ε from above (`sign` +1) or from below (-1)."""
+    def _epsilon(self, sign: int) -> tuple[float, _Flaw]:
+        """Return ε from above (`sign` +1) or below (-1) and what keeps it from being sharp."""
         any_infinite = -math.expm1(self._log_finite)
         target = (1 - any_infinite * math.exp(-self._log_delta)) * math.exp(-self._log_finite)
-        target -= sign * (_ROUNDING + _ROUNDING_PER_STEP * self._steps)
         if target <= 0:
-            return math.inf if sign > 0 else 0.0
-        # Below `floor` a weight could overflow; the tilt keeps the answer far above it.
-        floor = max(0.0, self._reference - _LARGEST_EXPONENT / (1 + self._theta))
+            return (math.inf if sign > 0 else 0.0), "none"
+        # Below this a weight could overflow.
+        log_scale = self._log_moment - self._log_delta
+        floor = max(0.0, (log_scale - _LARGEST_EXPONENT) / self._theta)
         point = self._first + np.arange(len(self._tilted))
         loss = self._steps * self._origin + self._spacing * point
         begin = int(np.searchsorted(loss, floor))
-        loss, tilted = loss[begin:], self._tilted[begin:]
-        if len(loss) == 0:
-            return floor if sign > 0 else 0.0
-        return self._invert(loss, tilted, target, sign)
+        if begin == len(loss):
+            return (floor if sign > 0 else 0.0), "none" if floor == 0 else "below window"
+        return self._invert(loss[begin:], self._tilted[begin:], target, sign)
 
-    def _invert(self, loss: Array, tilted: Array, target: float, sign: int) -> float:
+    def _invert(self, loss: Array, tilted: Array, target: float, sign: int) -> tuple[float, _Flaw]:
         """Solve Σ w (1 - e^(ε - loss)) = target for ε; weights and target in units of δ."""
-        distance = loss - self._reference
-        untilt = np.exp(-self._theta * distance)
+        untilt = np.exp(self._log_moment - self._log_delta - self._theta * loss)
         weight = tilted * untilt
         above = np.cumsum(weight[::-1])[::-1]
-        discounted = np.cumsum((weight * np.exp(-distance))[::-1])[::-1]
-        # Mass outside the window and mass that wrapped around into it: two tails, both ways.
-        allowed = target - sign * 2 * _OUTSIDE * untilt
-        growth = np.exp(np.minimum(distance, _LARGEST_EXPONENT))
-        exceeds = np.flatnonzero(above - growth * discounted > allowed)
+        discounted = _discounted_sums(weight, self._spacing)
+        # Mass outside the window, mass that wrapped around into it, and rounding, either way.
+        allowed = target - sign * self._charge * untilt
+        exceeds = np.flatnonzero(above - discounted > allowed)
         if len(exceeds) == 0:
-            return max(float(loss[0]), 0.0) if sign > 0 else 0.0
+            flaw: _Flaw = "none" if loss[0] <= self._spacing else "below window"
+            return (max(float(loss[0]), 0.0) if sign > 0 else 0.0), flaw
         k = int(exceeds[-1])
         if k + 1 == len(loss):
-            return math.inf if sign > 0 else float(loss[-1])
-        # Within (loss[k], loss[k+1]] the outside mass is at most what it is at loss[k].
+            return (math.inf if sign > 0 else float(loss[-1])), "charged"
+        # Within (loss[k], loss[k+1]] the charge is at most what it is at loss[k].
         excess = above[k + 1] - allowed[k]
         if excess <= 0 or discounted[k + 1] <= 0:
-            return float(loss[k + 1]) if sign > 0 else float(loss[k])
-        root = self._reference + math.log(excess / discounted[k + 1])
-        if sign > 0:
-            return min(max(root, float(loss[k])), float(loss[k + 1]))
-        return max(min(root, float(loss[k + 1])), float(loss[k]))
+            return float(loss[k + 1] if sign > 0 else loss[k]), "none"
+        flaw = "none" if self._charge * untilt[k] < _LARGEST_CHARGE else "charged"
+        root = float(loss[k + 1]) + math.log(excess / discounted[k + 1])
+        return min(max(root, float(loss[k])), float(loss[k + 1])), flaw
 
 
 class WindowTooWideError(EngineError):
@@ -172,6 +213,13 @@ class WindowTooWideError(EngineError):
     def __init__(self, spacing: float) -> None:
         super().__init__(f"the transform needs a spacing of at least {spacing:.3g}")
         self.spacing = spacing
+
+
+def _discounted_sums(weight: Array, spacing: float) -> Array:
+    """Return Σ_{j ≥ k} w_j e^(-(j - k) · spacing) for each k, by backward substitution."""
+    bands = np.vstack([np.full(len(weight), -math.exp(-spacing)), np.ones(len(weight))])
+    sums: Any = solve_banded((0, 1), bands, weight, overwrite_b=False, check_finite=False)
+    return sums
 
 
 def _power(base: np.ndarray, exponent: int) -> np.ndarray:

@@ -117,6 +117,8 @@ class OneStep:
 
     def _cut(self, start: float, index: NDArray[np.int64], spacing: float, first: float) -> Cells:
         d = start + spacing * index
+        if d[-1] > _LARGEST_LOSS + 100:
+            raise EngineError(f"a grid of spacing {spacing:.3g} leaves the range of doubles")
         x = np.concatenate([[first], self.position(d[1:])])
         without = _interval_probability(x / self.sigma)
         shifted = _interval_probability((x - 1) / self.sigma)

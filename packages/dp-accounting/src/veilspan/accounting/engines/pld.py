@@ -18,11 +18,13 @@ from veilspan.accounting.mechanism import SampledGaussian
 _Direction = Literal["remove", "add"]
 _Bound = Literal["upper", "lower"]
 
-_FINENESS = (0.05, 0.02, 0.01, 0.004)  # grid spacing in standard deviations of one step's loss
-_INFINITE = 1e-7  # share of δ that may be spent on losses beyond the grid
+_FINENESS = (0.03, 0.012, 0.005)  # grid spacing in standard deviations of one step's loss
+_INFINITE = 1e-6  # share of δ that may be spent on losses beyond the grid
 # Rounding of the discretised one-step loss: a bias of its mean, which every step adds again.
 _LOSS_ROUNDING = 1e-15
 _MARGIN = 1e-9
+_ROUGH_TRANSFORM = 1 << 14
+_COARSENINGS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ class PldEngine:
     """
 
     relative_width: float = 5e-4
-    largest_transform: int = 1 << 21
+    largest_transform: int = 1 << 20
     one_sided: bool = False
 
     def __post_init__(self) -> None:
@@ -74,10 +76,13 @@ class PldEngine:
         return bounds
 
     def _bounds(self, mechanism: SampledGaussian, delta: float, fineness: float) -> EpsilonBounds:
-        question = _Question(mechanism, delta, fineness, self.largest_transform)
-        remove, add = question.ask("remove", "upper"), question.ask("add", "upper")
+        question = _Question(mechanism, delta, self.largest_transform)
+        remove = question.ask("remove", "upper", fineness)
+        add = question.ask("add", "upper", fineness)
         upper, direction = (remove, "remove") if remove >= add else (add, "add")
-        lower = 0.0 if self.one_sided else min(question.ask(direction, "lower"), upper)
+        lower = 0.0
+        if not self.one_sided:
+            lower = min(question.ask(direction, "lower", fineness), upper)
         return _between(lower, upper, delta, direction)
 
 
@@ -101,32 +106,51 @@ def _tighter(first: EpsilonBounds, second: EpsilonBounds) -> EpsilonBounds:
 
 @dataclass(frozen=True)
 class _Question:
-    """One mechanism, δ and grid fineness, to be asked for either bound in either direction."""
+    """One mechanism and δ, to be asked for either bound in either direction."""
 
     mechanism: SampledGaussian
     delta: float
-    fineness: float
     largest_transform: int
 
-    def ask(self, direction: _Direction, bound: _Bound) -> float:
-        """Return the bound, on a coarser grid where the transform would be too large."""
+    def ask(self, direction: _Direction, bound: _Bound, fineness: float) -> float:
+        """Return the bound from a grid of `fineness`, or one that just fits the transform."""
+        composed = self._compose(direction, bound, fineness, self._rough(direction))
+        rounding = _LOSS_ROUNDING * self.mechanism.steps
+        if bound == "upper":
+            return composed.upper_epsilon() * (1 + _MARGIN) + rounding
+        return max(composed.lower_epsilon() * (1 - _MARGIN) - rounding, 0.0)
+
+    def _rough(self, direction: _Direction) -> float | None:
+        """Return slightly less than ε, or nothing, from two transforms that cost next to nothing."""
+        rough = replace(self, largest_transform=min(_ROUGH_TRANSFORM, self.largest_transform))
+        guess = None
+        for _ in range(2):  # the second window is narrower, so its grid is finer
+            try:
+                epsilon = rough._compose(direction, "upper", _FINENESS[0], guess).upper_epsilon()
+            except EngineError:
+                break
+            guess = 0.95 * epsilon if math.isfinite(epsilon) else guess
+        return guess
+
+    def _compose(
+        self, direction: _Direction, bound: _Bound, fineness: float, guess: float | None
+    ) -> Composition:
         steps = self.mechanism.steps
         # Rounding the step count up lets neighbouring questions share the one-step loss.
         tail = _INFINITE * self.delta / (1 << steps.bit_length())
-        spacing = self.fineness * OneStep(self.mechanism).loss_scale()
-        for _ in range(8):
+        spacing = fineness * OneStep(self.mechanism).loss_scale()
+        for _ in range(_COARSENINGS):
             grid = _grid(self.mechanism, (direction, bound), spacing, tail)
             try:
-                composed = Composition(
-                    grid, steps, self.delta, largest_transform=self.largest_transform
+                return Composition(
+                    grid,
+                    steps,
+                    self.delta,
+                    largest_transform=self.largest_transform,
+                    guess=guess,
                 )
             except WindowTooWideError as error:
                 spacing = error.spacing
-                continue
-            rounding = _LOSS_ROUNDING * steps
-            if bound == "upper":
-                return composed.upper_epsilon() * (1 + _MARGIN) + rounding
-            return max(composed.lower_epsilon() * (1 - _MARGIN) - rounding, 0.0)
         raise EngineError(f"no grid of {self.largest_transform} points holds {self.mechanism}")
 
 
