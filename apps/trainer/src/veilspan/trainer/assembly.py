@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -180,9 +181,7 @@ def _place(model: nn.Module, recipe: Recipe, processes: Processes, losses: Seque
     full, low = recipe.compute.checkpointing == "full", recipe.model.dtype == "bfloat16"
     if processes.mesh is None:
         if full:
-            model.gradient_checkpointing_enable(  # pyright: ignore[reportCallIssue]
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+            _recompute(model)
         return
     from veilspan.parallel import check_model, shard_model
 
@@ -201,3 +200,11 @@ def _place(model: nn.Module, recipe: Recipe, processes: Processes, losses: Seque
         raise ModelError(
             f"The model cannot be trained with parallel.context = {processes.context[1]}: {error}"
         ) from error
+
+
+def _recompute(model: Any) -> None:
+    """Keep only what flows between blocks, as transformers itself does it."""
+    if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.23
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})

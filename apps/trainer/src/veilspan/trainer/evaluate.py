@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from veilspan.trainer.data import Records, collate
 from veilspan.trainer.data.collate import IGNORE_INDEX
@@ -41,6 +42,14 @@ def heldout_loss(
             batch = collate(records, mine[start : start + microbatch_size])
             totals[0] += losses.losses_B(model, batch, reduction="sum").double().sum().cpu()
             totals[1] += (batch.labels[:, 1:] != IGNORE_INDEX).sum() / processes.context[1]
+    _split_again(model)
     model.train(training)
     loss, tokens = processes.sum(totals).tolist()
     return loss / tokens
+
+
+def _split_again(model: nn.Module) -> None:
+    """Let go of the whole weights that FSDP keeps after a forward pass without a backward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

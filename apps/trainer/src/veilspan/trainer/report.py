@@ -21,7 +21,7 @@ from veilspan.trainer.prose import Block, parse
 from veilspan.trainer.recipe import Recipe
 from veilspan.trainer.run_folder import RunFolder, RunInfo, ledger_head
 
-_CURVE_POINTS = 24
+_CURVE_POINTS = 16
 _FALSE_ALARMS = (1e-2, 1e-3, 1e-4)
 _STREAMS = {"aes-ctr": "AES-256 in counter mode (cryptographic)", "philox": "Philox (fast)"}
 

@@ -201,7 +201,7 @@ def ledger_head(path: Path, releases: int) -> str:
     Raises:
         LedgerError: If the ledger has fewer lines.
     """
-    lines = path.read_bytes().split(b"\n")
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
     if releases >= len(lines):
         raise LedgerError(f"{path} holds fewer than {releases} releases: its end was lost.")
     return hashlib.sha256(lines[releases]).hexdigest()

@@ -1,0 +1,280 @@
+"""One process through the whole loop: budget, ledger, restarts, schedule, clock."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from veilspan.accounting import Ledger, LedgerError
+from veilspan.core import new_key, poisson_batches
+from veilspan.trainer import loop
+from veilspan.trainer.checkpoint import CheckpointError, read_progress
+from veilspan.trainer.errors import TrainerError
+from veilspan.trainer.loop import key_path, train
+from veilspan.trainer.metrics import PUBLIC_METRICS, read_metrics
+from veilspan.trainer.optimizer import learning_rate, make_optimizer
+from veilspan.trainer.recipe import Recipe
+from veilspan.trainer.run_folder import RunFolder, recipe_digest
+from veilspan.trainer.sections import Optimizer
+from veilspan.trainer.throughput import Throughput
+
+
+class StopError(RuntimeError):
+    """Ends a run from inside, as a fault would."""
+
+
+class StopAt:
+    """An observer that raises at one moment."""
+
+    def __init__(self, moment: str, step: int) -> None:
+        self._at = (moment, step)
+
+    def at(self, moment: str, step: int) -> None:
+        if (moment, step) == self._at:
+            raise StopError
+
+
+def _ledger(folder: Path) -> Ledger:
+    return Ledger.open(folder / "ledger.jsonl", read_only=True)
+
+
+def _newest(folder: Path) -> Path:
+    return max((folder / "checkpoints").iterdir())
+
+
+def _key_of_empty_draws(records: int, probability: float, *, steps: int) -> bytes:
+    while True:
+        key = new_key()
+        if not any(len(draw) for draw in poisson_batches(records, probability, steps, key=key)):
+            return key
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, recipe_in: Callable) -> Recipe:
+    return recipe_in(tmp_path, privacy__steps=4)
+
+
+def test_a_finished_run_is_not_trained_again(recipe: Recipe) -> None:
+    folder = train(recipe)
+    before = (folder / "ledger.jsonl").read_bytes()
+    weights = load_file(folder / "model" / "model.safetensors")
+    (folder / "report.html").unlink()
+    train(recipe)
+    assert (folder / "ledger.jsonl").read_bytes() == before
+    again = load_file(folder / "model" / "model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
+    assert (folder / "report.html").exists()
+
+
+def test_a_run_continues_after_a_fault_and_stops_when_the_budget_is_spent(recipe: Recipe) -> None:
+    with pytest.raises(StopError):
+        train(recipe, observer=StopAt("after_ledger", 2))
+    folder = train(recipe)
+    with _ledger(folder) as ledger:
+        assert [entry.step for entry in ledger.entries] == [0, 1, 2, 2]
+        assert ledger.spent().upper <= 8.0
+    assert read_progress(_newest(folder)).step == 3  # one release was paid for and lost
+    assert (folder / "model" / "model.safetensors").exists()
+    assert "4 releases for 3 steps" in (folder / "privacy_statement.md").read_text()
+
+
+def test_the_budget_ends_a_run_with_everything_a_finished_one_has(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(StopError):
+        train(recipe, observer=StopAt("after_ledger", 0))
+    folder = train(recipe)
+    assert "stopped early" in capsys.readouterr().out
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [0, 3]
+    assert read_progress(_newest(folder)).step == 3
+    assert (folder / "report.html").exists()
+
+
+def test_a_release_that_cannot_be_recorded_does_not_happen(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise LedgerError("could not be written: No space left on device")
+
+    drawn = []
+    noise = loop.PrivateStep._release  # the noise is drawn there, after the ledger
+
+    def watch(step: loop.PrivateStep) -> None:
+        noise(step)
+        drawn.append(step.next_step)
+
+    monkeypatch.setattr(loop.PrivateStep, "_release", watch)
+    monkeypatch.setattr(Ledger, "append", full)
+    with pytest.raises(LedgerError, match="No space left"):
+        train(recipe)
+    assert drawn == []
+    assert not (recipe.run.folder / "checkpoints").exists()
+
+
+def test_pitfall_02_an_empty_draw_is_a_step_with_noise(tmp_path: Path, recipe_in: Callable) -> None:
+    recipe = recipe_in(
+        tmp_path, privacy__expected_batch_size=0.1, privacy__steps=3, run__checkpoint_every=1
+    )
+    key_path(recipe).write_bytes(_key_of_empty_draws(24, 0.1 / 24, steps=3))
+    key_path(recipe).chmod(0o600)
+    folder = train(recipe)
+    with _ledger(folder) as ledger:
+        assert ledger.releases == 3
+    assert read_progress(_newest(folder)).step == 3
+    two, three = (
+        load_file(next(_folder.glob("*.safetensors")))
+        for _folder in sorted((folder / "checkpoints").iterdir())
+    )
+    assert not torch.equal(two["model.lm_head.weight"], three["model.lm_head.weight"])
+
+
+def test_a_full_disk_during_a_checkpoint_loses_nothing(
+    tmp_path: Path, recipe_in: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_in(tmp_path, privacy__steps=6)
+    real = loop.Checkpoints.save
+
+    def fail_once(self: loop.Checkpoints, tensors: dict, progress: loop.Progress, **kwargs) -> None:
+        if progress.step == 4:
+            raise CheckpointError("Cannot write the checkpoint: No space left on device")
+        real(self, tensors, progress, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Checkpoints, "save", fail_once)
+        with pytest.raises(CheckpointError, match="No space left"):
+            train(recipe)
+    assert _newest(recipe.run.folder).name == "step-00000002"
+    train(recipe)
+    with _ledger(recipe.run.folder) as ledger:
+        assert [entry.step for entry in ledger.entries] == [0, 1, 2, 3, 2, 3]
+
+
+def test_a_ledger_that_lost_its_end_is_refused(recipe: Recipe) -> None:
+    folder = train(recipe)
+    lines = (folder / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "ledger.jsonl").write_bytes(b"".join(lines[:-1]))
+    with pytest.raises(LedgerError, match="end of the ledger was lost"):
+        train(recipe)
+
+
+def test_a_ledger_that_was_replaced_by_a_younger_one_is_refused(recipe: Recipe) -> None:
+    folder = train(recipe)
+    with _ledger(folder) as ledger:
+        plan, run_id = ledger.plan, ledger.run_id
+    (folder / "ledger.jsonl").unlink()
+    with Ledger.create(folder / "ledger.jsonl", plan, budget_epsilon=8.0, run_id=run_id) as forged:
+        for step in range(4):
+            forged.append(step=step)
+    with pytest.raises(LedgerError, match="not the ledger that the newest checkpoint"):
+        train(recipe)
+
+
+def test_a_checkpoint_of_another_run_is_refused(recipe: Recipe) -> None:
+    folder = train(recipe)
+    info = _newest(folder) / "checkpoint.json"
+    info.write_text(info.read_text().replace(recipe_digest(recipe), "0" * 64))
+    with pytest.raises(CheckpointError, match="belongs to another run"):
+        train(recipe)
+
+
+def test_pitfall_49_nothing_a_run_writes_names_a_private_quantity(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = train(recipe)
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert rows
+    assert {name for row in rows for name in row} <= set(PUBLIC_METRICS)
+    assert (
+        json.loads((folder / "run.json").read_text()).keys()
+        == RunFolder(folder).read_info().__dict__.keys()
+    )
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(lines) == 5
+    for line in lines:
+        quantities = re.sub(r"\d[\d.,:/]*", "#", line)
+        assert quantities in (
+            "step # · ε # of # · held-out loss # · # passed",
+            "step # · ε # of # · held-out loss # · # tokens/s · # left",
+            "step # · ε # of # · held-out loss # · # tokens/s · # passed",
+        )
+
+
+def test_the_key_is_in_no_file_of_the_run_folder(recipe: Recipe) -> None:
+    folder = train(recipe)
+    key = key_path(recipe).read_bytes()
+    assert key_path(recipe).parent == folder.parent
+    for path in filter(Path.is_file, folder.rglob("*")):
+        content = path.read_bytes()
+        assert key not in content, path
+        assert key.hex().encode() not in content, path
+
+
+def test_pitfall_50_the_learning_rate_depends_on_the_step_only() -> None:
+    settings = Optimizer(learning_rate=2.0, warmup_steps=4, min_lr_ratio=0.25)
+    rates = [learning_rate(settings, step, 20) for step in range(20)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[4] == 2.0
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[4:]))
+    assert rates[-1] == pytest.approx(0.5, rel=0.05)
+    constant = settings.model_copy(update={"schedule": "constant"})
+    assert learning_rate(constant, 19, 20) == 2.0
+
+
+def test_norms_and_biases_never_decay_and_frozen_parameters_are_left_out() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 1))
+    model[2].weight.requires_grad_(False)
+    groups = make_optimizer(model, Optimizer(weight_decay=0.1)).param_groups
+    decayed = [p for group in groups if group["weight_decay"] for p in group["params"]]
+    others = [p for group in groups if not group["weight_decay"] for p in group["params"]]
+    assert [id(p) for p in decayed] == [id(model[0].weight)]
+    assert len(others) == 4
+
+
+@pytest.mark.parametrize("drawn", [1, 7, 50])
+def test_throughput_does_not_tell_how_many_units_were_drawn(
+    drawn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Throughput(expected_tokens=800.0, replicas=1, device=torch.device("cpu"))
+    now = [0.0]
+    monkeypatch.setattr(clock, "_now", lambda: now[0])
+    for _ in range(drawn):
+        with clock.microbatch(100):
+            now[0] += 2.0
+    clock.begin_release()
+    now[0] += 4.0
+    clock.end_release()
+    assert clock.rate() == 800.0 / (8 * 2.0 + 4.0)
+    assert clock.rate() is None
+
+
+def test_several_processes_without_torchrun_are_refused(
+    tmp_path: Path, recipe_in: Callable
+) -> None:
+    with pytest.raises(TrainerError, match="torchrun --nproc-per-node 2"):
+        train(recipe_in(tmp_path, parallel__replicate=2))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"compute__checkpointing": "full"},
+        {"model__dtype": "bfloat16"},
+        {"compute__microbatch_size": 3, "compute__backward": "two_pass"},
+        {"privacy__clipping": "automatic", "privacy__noise": "philox"},
+        {"model__lora": {"rank": 2}, "model__dtype": "bfloat16"},
+    ],
+)
+def test_every_way_to_compute_trains(tmp_path: Path, recipe_in: Callable, settings: dict) -> None:
+    folder = train(recipe_in(tmp_path, privacy__steps=2, **settings))
+    with _ledger(folder) as ledger:
+        assert ledger.releases == 2
+    weights = load_file(folder / "model" / "model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())

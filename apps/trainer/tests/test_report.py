@@ -1,0 +1,213 @@
+"""The statement and the report say what the ledger says, and need no other file."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from veilspan.accounting import Ledger, LedgerError, PrivacyPlan
+from veilspan.accounting.bounds import round_up
+from veilspan.trainer.plots import draw_plots
+from veilspan.trainer.prose import Block, parse
+from veilspan.trainer.report import _detection_bounds, epsilon_curve, write_report, write_statement
+from veilspan.trainer.run_folder import RunFolder, RunFolderError, RunInfo, open_run, recipe_digest
+
+PLAN = PrivacyPlan.calibrate(
+    target_epsilon=8.0,
+    delta=1e-3,
+    sampling_probability=4 / 24,
+    steps=6,
+    expected_batch_size=4.0,
+    unit="document",
+)
+
+
+@pytest.fixture
+def run_of(tmp_path: Path, recipe_in: Callable) -> Callable[..., Path]:
+    """Make a run folder with the given ledger entries, without training."""
+
+    def make(*entries: tuple[int, int], metrics: list[dict] | None = None) -> Path:
+        recipe = recipe_in(tmp_path)
+        folder = RunFolder(recipe.run.folder)
+        info = RunInfo(
+            recipe_digest=recipe_digest(recipe),
+            key_fingerprint="a" * 16,
+            num_records=24,
+            num_heldout=3,
+            model_type="llama",
+            parameters=35168,
+            trainable=35168,
+            device="<b>CPU</b>",
+            versions={"torch": "2.13"},
+        )
+        with open_run(folder, recipe, PLAN, info) as ledger:
+            for step, attempt in entries:
+                ledger.append(step=step, attempt=attempt)
+        rows = [{"step": 0, "heldout_loss": 5.5}] if metrics is None else metrics
+        folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder.root
+
+    return make
+
+
+def _all(steps: int) -> list[tuple[int, int]]:
+    return [(step, 0) for step in range(steps)]
+
+
+class References(HTMLParser):
+    """Collects everything a page loads from elsewhere, and its images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: list[str] = []
+        self.others: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if tag == "img" and name == "src":
+                self.images.append(value or "")
+            elif name in ("src", "href", "srcset", "data") or tag in ("script", "link", "iframe"):
+                self.others.append(f"{tag} {name}={value}")
+
+
+def test_a_complete_run_states_the_epsilon_of_its_plan(run_of: Callable) -> None:
+    root = run_of(*_all(PLAN.steps))
+    page = write_report(root).read_text()
+    upper = PLAN.epsilon().upper
+    assert f"ε ≤ {round_up(upper)}" in page
+    assert "within its budget" in page
+    numbers = json.loads((root / "privacy_statement.json").read_text())
+    assert numbers["epsilon"]["upper"] == upper
+    assert f"ε ≤ {round_up(upper)}" in (root / "privacy_statement.md").read_text()
+
+
+def test_the_statement_counts_releases_not_planned_steps(run_of: Callable) -> None:
+    root = run_of((0, 0), (1, 0), (1, 1))
+    write_statement(root)
+    numbers = json.loads((root / "privacy_statement.json").read_text())
+    assert (numbers["releases"], numbers["steps"]) == (3, 2)
+    assert numbers["epsilon"]["upper"] == PLAN.epsilon_after(3).upper
+    assert "After 3 steps" in (root / "privacy_statement.md").read_text()
+
+
+def test_the_report_is_one_page_that_needs_no_other_file(run_of: Callable) -> None:
+    found = References()
+    found.feed(write_report(run_of(*_all(2))).read_text())
+    assert found.others == []
+    assert len(found.images) == 2
+    assert all(image.startswith("data:image/png;base64,") for image in found.images)
+
+
+def test_the_report_escapes_what_it_shows(run_of: Callable) -> None:
+    page = write_report(run_of(*_all(1))).read_text()
+    assert "<b>CPU</b>" not in page
+    assert "&lt;b&gt;CPU&lt;/b&gt;" in page
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [
+        "one record: a row or file of the data set",
+        "within its budget of ε = 8",
+        "Repeated after a crash</td><td>1 (counted)",
+        "1/N is 0.042 for N = 24",
+        "independently (Poisson)",
+        "Tokenizer</td><td>bytes; built in, trained on nothing",
+        "5.500 → 3.250 nats per token on 3 records",
+        "AES-256 in counter mode",
+        "torch</td><td>2.13",
+        "[privacy]",
+        "Timing, memory and other side channels",
+    ],
+)
+def test_the_report_answers_what_a_privacy_officer_asks(run_of: Callable, expected: str) -> None:
+    rows = [{"step": 0, "heldout_loss": 5.5}, {"step": 2, "heldout_loss": 3.25}]
+    page = write_report(run_of((0, 0), (1, 0), (1, 1), metrics=rows)).read_text()
+    assert expected in re.sub(r"\s+", " ", page)
+
+
+def test_the_head_in_the_report_is_the_hash_of_the_ledgers_last_line(run_of: Callable) -> None:
+    root = run_of(*_all(3))
+    last = (root / "ledger.jsonl").read_bytes().splitlines()[-1]
+    assert hashlib.sha256(last).hexdigest() in write_report(root).read_text()
+
+
+def test_a_run_before_its_first_release_has_a_report_too(run_of: Callable) -> None:
+    page = write_report(run_of(metrics=[])).read_text()
+    assert "ε ≤ 0" in page
+
+
+def test_an_altered_ledger_gets_no_report(run_of: Callable) -> None:
+    root = run_of(*_all(3))
+    ledger = root / "ledger.jsonl"
+    ledger.write_text(ledger.read_text().replace('"step": 1', '"step": 7'))
+    with pytest.raises(LedgerError, match="was altered"):
+        write_report(root)
+    assert not (root / "report.html").exists()
+
+
+def test_a_report_can_be_made_while_the_run_goes_on(run_of: Callable) -> None:
+    root = run_of(*_all(1))
+    with Ledger.open(root / "ledger.jsonl"):
+        assert write_report(root).exists()
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="no run folder"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(("epsilon", "delta"), [(0.0, 0.0), (1.0, 1e-5), (8.0, 1e-5), (800.0, 0.0)])
+def test_detection_bounds_are_those_of_the_two_point_mechanism(
+    epsilon: float, delta: float
+) -> None:
+    for rate, (_, found) in zip((1e-2, 1e-3, 1e-4), _detection_bounds(epsilon, delta), strict=True):
+        stated = float(found.removesuffix(" %")) / 100
+        # The best test against (ε, δ): both error rates at once satisfy these two lines.
+        allowed = min(
+            1.0,
+            math.exp(min(epsilon, 500)) * rate + delta,
+            1 - math.exp(-epsilon) * (1 - rate - delta),
+        )
+        assert allowed <= stated + 1e-12
+        assert stated <= allowed + 1.01e-4
+
+
+def test_the_curve_rises_to_the_plan(run_of: Callable) -> None:
+    curve = epsilon_curve(PLAN)
+    assert curve[0] == (0.0, 0.0)
+    assert curve[-1] == (PLAN.steps, PLAN.epsilon().upper)
+    assert all(a[0] < b[0] and a[1] <= b[1] for a, b in itertools.pairwise(curve))
+
+
+def test_plots_exist_for_the_numbers_that_do(tmp_path: Path) -> None:
+    rows = [
+        {"step": step, "heldout_loss": 5.0 - step, "tokens_per_second": 100.0, "memory_gib": 0.5}
+        for step in range(3)
+    ]
+    curve = epsilon_curve(PLAN)
+    every = draw_plots(tmp_path / "a", rows, epsilon=curve, budget=8.0, spent=(3, 5.0))
+    assert list(every) == ["Privacy spent", "Held-out loss", "Throughput and memory"]
+    for path in every.values():
+        assert path.read_bytes().startswith(b"\x89PNG")
+    few = draw_plots(tmp_path / "b", [], epsilon=curve, budget=8.0, spent=(0, 0.0))
+    assert list(few) == ["Privacy spent"]
+
+
+def test_prose_keeps_every_word_of_a_statement() -> None:
+    blocks = parse("One\nline.\n\n- first\n- second\n\nEnd.\n")
+    assert blocks == [
+        Block(text="One line."),
+        Block(items=("first", "second")),
+        Block(text="End."),
+    ]
+    words = " ".join(f"{block.text} {' '.join(block.items)}" for block in parse(PLAN.statement()))
+    assert sorted(words.split()) == sorted(PLAN.statement().replace("\n- ", "\n").split())
