@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from veilspan.core import Automatic, Flat, PrivateStep
+from veilspan.core import Automatic, Clip, Flat, PrivateStep
 from veilspan.core.testing import Oracle, assert_step_matches_oracle
 from veilspan.core.testing.conformance import assert_close, clipped_sum
 
@@ -26,6 +26,25 @@ def middle_norm(model, compute_losses, batch) -> float:
     return float(Oracle.of(model, compute_losses, batch, Flat(clip_norm=1.0)).norm_B.median())
 
 
+def options_of(strategy, *, size, clip_norm, rule=None):
+    """Return the arguments of the public suites for one strategy."""
+    backward, norms = strategy
+    return {
+        "clipping": Flat(clip_norm=clip_norm, rule=rule or Clip()),
+        "size": 1 if backward == "single_sample" else size,
+        "backward": backward,
+        "norms": norms,
+    }
+
+
+def assert_exact(model, losses, batch, strategy, **options):
+    assert_step_matches_oracle(model, losses, batch, **options_of(strategy, **options))
+
+
+def summed(model, losses, batch, strategy, **options):
+    return clipped_sum(model, losses, batch, **options_of(strategy, **options))
+
+
 def checkpointed(forward, reentrant):
     """Return a block's forward under activation checkpointing."""
 
@@ -36,107 +55,79 @@ def checkpointed(forward, reentrant):
 
 
 @pytest.mark.usefixtures("genuine_float64")
-@pytest.mark.parametrize(("backward", "norms"), STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids="-".join)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_clipped_sum_of_every_family_equals_the_oracle_in_fp64(
-    family, backward, norms, make_model, make_batch, compute_losses
+    family, strategy, make_model, make_batch, compute_losses
 ):
     model, batch = make_model(family), make_batch(3, 17)
-    assert_step_matches_oracle(
+    assert_exact(
         model,
         compute_losses,
         batch,
-        clipping=Flat(clip_norm=middle_norm(model, compute_losses, batch)),
-        size=1 if backward == "single_sample" else 3,
-        backward=backward,
-        norms=norms,
+        strategy,
+        size=3,
+        clip_norm=middle_norm(model, compute_losses, batch),
     )
 
 
 @pytest.mark.usefixtures("genuine_float64")
-@pytest.mark.parametrize(("backward", "norms"), STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids="-".join)
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 257])
 @pytest.mark.parametrize("size", [0, 1, 2, 5])
 def test_clipped_sum_of_every_shape_equals_the_oracle_in_fp64(
-    size, length, backward, norms, make_model, make_batch, compute_losses
+    size, length, strategy, make_model, make_batch, compute_losses
 ):
     model, batch = make_model("llama-tied", num_hidden_layers=1), make_batch(size, length)
-    assert_step_matches_oracle(
-        model,
-        compute_losses,
-        batch,
-        clipping=Flat(clip_norm=0.5),
-        size=1 if backward == "single_sample" else 5,
-        backward=backward,
-        norms=norms,
-    )
+    assert_exact(model, compute_losses, batch, strategy, size=5, clip_norm=0.5)
 
 
-@pytest.mark.parametrize(("backward", "norms"), STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids="-".join)
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2"])
 def test_clipped_sum_equals_the_oracle_in_fp32(
-    family, backward, norms, make_model, make_batch, compute_losses
+    family, strategy, make_model, make_batch, compute_losses
 ):
     model, batch = make_model(family, dtype=torch.float32), make_batch(4, 65)
-    assert_step_matches_oracle(
+    assert_exact(
         model,
         compute_losses,
         batch,
-        clipping=Flat(clip_norm=middle_norm(model, compute_losses, batch)),
-        size=1 if backward == "single_sample" else 2,
-        backward=backward,
-        norms=norms,
+        strategy,
+        size=2,
+        clip_norm=middle_norm(model, compute_losses, batch),
     )
 
 
 @pytest.mark.usefixtures("genuine_float64")
-@pytest.mark.parametrize(("backward", "norms"), STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids="-".join)
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
 def test_pitfall_26_activation_checkpointing_changes_nothing(
-    family, reentrant, backward, norms, make_model, make_batch, compute_losses
+    family, reentrant, strategy, make_model, make_batch, compute_losses
 ):
     model, batch = make_model(family), make_batch(3, 17)
     expected = Oracle.of(model, compute_losses, batch, Flat(clip_norm=0.5))
     for block in model.model.layers if hasattr(model, "model") else model.transformer.h:
         block.forward = checkpointed(block.forward, reentrant)
-    got = clipped_sum(
-        model,
-        compute_losses,
-        batch,
-        clipping=Flat(clip_norm=0.5),
-        size=1 if backward == "single_sample" else 3,
-        backward=backward,
-        norms=norms,
-    )
+    got = summed(model, compute_losses, batch, strategy, size=3, clip_norm=0.5)
     assert_close(got, expected.clipped_sum, 1e-10)
 
 
 @pytest.mark.usefixtures("genuine_float64")
-@pytest.mark.parametrize(("backward", "norms"), STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids="-".join)
 def test_parts_frozen_before_attach_stay_out_of_the_norm(
-    backward, norms, make_model, make_batch, compute_losses
+    strategy, make_model, make_batch, compute_losses
 ):
     model, batch = make_model("llama-bias"), make_batch(3, 9)
     for name, parameter in model.named_parameters():
         if "embed" in name or "layers.0" in name or name.endswith("q_proj.weight"):
             parameter.requires_grad_(False)  # the bias of q_proj stays trainable
-    assert_step_matches_oracle(
-        model,
-        compute_losses,
-        batch,
-        clipping=Flat(clip_norm=0.3),
-        size=1 if backward == "single_sample" else 3,
-        backward=backward,
-        norms=norms,
-    )
+    assert_exact(model, compute_losses, batch, strategy, size=3, clip_norm=0.3)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize(("backward", "norms"), STRATEGIES)
-def test_peft_lora_adapters_are_clipped_exactly(
-    backward, norms, make_model, make_batch, compute_losses
-):
+@pytest.mark.parametrize("strategy", STRATEGIES, ids="-".join)
+def test_peft_lora_adapters_are_clipped_exactly(strategy, make_model, make_batch, compute_losses):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
     model = peft.get_peft_model(make_model("llama", dtype=torch.float32), config)
@@ -144,31 +135,23 @@ def test_peft_lora_adapters_are_clipped_exactly(
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # zero at the start, which would hide errors of A
                 parameter.normal_()
-    assert_step_matches_oracle(
-        model,
-        compute_losses,
-        make_batch(3, 17),
-        clipping=Flat(clip_norm=0.3),
-        size=1 if backward == "single_sample" else 3,
-        backward=backward,
-        norms=norms,
-    )
+    assert_exact(model, compute_losses, make_batch(3, 17), strategy, size=3, clip_norm=0.3)
 
 
 @pytest.mark.usefixtures("genuine_float64")
-@pytest.mark.parametrize(("backward", "norms"), STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids="-".join)
 @pytest.mark.parametrize("gamma", [0.0, 0.01])
 def test_automatic_clipping_equals_the_oracle(
-    gamma, backward, norms, make_model, make_batch, compute_losses
+    gamma, strategy, make_model, make_batch, compute_losses
 ):
-    assert_step_matches_oracle(
+    assert_exact(
         make_model("llama"),
         compute_losses,
         make_batch(3, 9),
-        clipping=Flat(clip_norm=1.0, rule=Automatic(gamma=gamma)),
-        size=1 if backward == "single_sample" else 3,
-        backward=backward,
-        norms=norms,
+        strategy,
+        size=3,
+        clip_norm=1.0,
+        rule=Automatic(gamma=gamma),
     )
 
 
@@ -199,38 +182,27 @@ def entropies(model, batch):
     return nn.functional.cross_entropy(logits.mT, target, reduction="none").sum(1)
 
 
-@pytest.mark.parametrize(("backward", "norms"), STRATEGIES)
-def test_pitfall_25_modules_used_several_times_by_keyword_are_exact(backward, norms):
+@pytest.mark.parametrize("strategy", STRATEGIES, ids="-".join)
+def test_pitfall_25_modules_used_several_times_by_keyword_are_exact(strategy):
     torch.manual_seed(0)
-    assert_step_matches_oracle(
+    assert_exact(
         Loop().double(),
         entropies,
         {"ids": torch.randint(0, 7, (3, 9))},
-        clipping=Flat(clip_norm=2.0),
-        size=1 if backward == "single_sample" else 3,
-        backward=backward,
-        norms=norms,
+        strategy,
+        size=3,
+        clip_norm=2.0,
     )
 
 
-@pytest.mark.parametrize(("backward", "norms"), STRATEGIES)
-def test_pitfall_09_correlated_uses_of_a_tied_weight_are_added_before_the_norm(backward, norms):
+@pytest.mark.parametrize("strategy", STRATEGIES, ids="-".join)
+def test_pitfall_09_correlated_uses_of_a_tied_weight_are_added_before_the_norm(strategy):
     torch.manual_seed(0)
     model = Loop().double()
     with torch.no_grad():  # uses that point the same way: adding norms would be far too small
         model.embed.weight.copy_(torch.ones(7, 6) + 0.01 * torch.randn(7, 6))
     batch = {"ids": torch.full((2, 9), 3)}
-    oracle = Oracle.of(model, entropies, batch, Flat(clip_norm=0.1))
-    got = clipped_sum(
-        model,
-        entropies,
-        batch,
-        clipping=Flat(clip_norm=0.1),
-        size=1 if backward == "single_sample" else 2,
-        backward=backward,
-        norms=norms,
-    )
-    assert_close(got, oracle.clipped_sum, 1e-10)
+    assert_exact(model, entropies, batch, strategy, size=2, clip_norm=0.1)
 
 
 @pytest.mark.parametrize("backward", ["per_sample", "two_pass"])
@@ -268,8 +240,8 @@ def test_pitfall_10_a_branch_that_is_skipped_leaves_no_stale_norm(backward):
         assert_close(got, expected.clipped_sum, 1e-10)
 
 
-@pytest.mark.parametrize(("backward", "norms"), TAPPED)
-def test_pitfall_24_positions_broadcast_over_the_batch_are_counted_per_record(backward, norms):
+@pytest.mark.parametrize("strategy", TAPPED, ids="-".join)
+def test_pitfall_24_positions_broadcast_over_the_batch_are_counted_per_record(strategy):
     class Positions(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -281,21 +253,21 @@ def test_pitfall_24_positions_broadcast_over_the_batch_are_counted_per_record(ba
             return self.head(self.norm(self.tokens(ids) + self.places(places)))
 
     torch.manual_seed(0)
-    assert_step_matches_oracle(
+    assert_exact(
         Positions().double(),
         entropies,
         {"ids": torch.randint(0, 7, (4, 9))},
-        clipping=Flat(clip_norm=1.0),
+        strategy,
         size=4,
-        backward=backward,
-        norms=norms,
+        clip_norm=1.0,
     )
 
 
-@pytest.mark.parametrize(("backward", "norms"), STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids="-".join)
 def test_infinite_clip_norm_without_noise_is_ordinary_training(
-    backward, norms, make_model, make_batch, compute_losses
+    strategy, make_model, make_batch, compute_losses
 ):
+    backward, norms = strategy
     private, plain = make_model("llama"), make_model("llama")
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (private, plain)]
     step = PrivateStep(
