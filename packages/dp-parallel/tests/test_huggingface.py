@@ -36,6 +36,17 @@ def test_outside_a_region_attention_is_ordinary_and_generation_works(config):
     assert torch.equal(mine.generate(ids, **options), theirs.generate(ids, **options))
 
 
+def test_a_key_cache_is_refused_in_checkpointed_training_and_kept_in_generation():
+    mine, theirs = pair(LlamaConfig(**SMALL))
+    shard_model(mine, build_mesh(), checkpointing="full")
+    ids = torch.arange(1, 9)[None]
+    with pytest.raises(ValueError, match=r"key cache.*use_cache=False"):
+        mine(ids, use_cache=True)
+    mine(ids, use_cache=False).logits.sum().backward()
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert torch.equal(mine.generate(ids, **options), theirs.generate(ids, **options))
+
+
 def test_a_mask_that_hides_tokens_is_refused_after_sharding():
     model, _ = pair(LlamaConfig(**SMALL))
     shard_model(model, build_mesh())

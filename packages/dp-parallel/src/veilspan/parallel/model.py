@@ -73,7 +73,8 @@ def shard_model(
     _broadcast(model, mesh)
     if checkpointing == "full":
         for block in blocks:
-            _recompute(block)
+            # FSDP2's hooks are on the call, outside of forward: a second run finds all parameters.
+            _wrap_forward(block, _checkpointed)
     if mesh.context_degree > 1:
         _split(model, blocks, mesh, param_dtype)
     elif param_dtype is not None:
@@ -119,9 +120,16 @@ def _wrap_forward(module: nn.Module, call: Callable[..., Any]) -> None:
     module.forward = stand_in
 
 
-def _recompute(block: nn.Module) -> None:
-    # FSDP2's hooks are on the call, outside of forward: recomputation finds gathered parameters.
-    _wrap_forward(block, partial(checkpoint, use_reentrant=False))
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a block so that the backward pass computes what is inside it again."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    if kwargs.get("past_key_values") is not None:
+        raise ValueError(
+            "a key cache is in use while blocks are checkpointed, and the second run of a block "
+            "would add its keys again; pass use_cache=False to the model when training."
+        )
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def _autocast(
