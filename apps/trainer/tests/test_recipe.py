@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -16,6 +18,7 @@ from veilspan.trainer.recipe import Recipe, load_recipe, make_recipe
 from veilspan.trainer.recipe_toml import dumps
 from veilspan.trainer.sections import Section
 
+DOCS = Path(__file__).parents[3] / "docs/api/trainer.md"
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 
 SMALL: dict[str, Any] = {
@@ -83,16 +86,21 @@ def test_there_are_recipes_to_ship():
     assert {file.stem for file in RECIPES} >= {"demo-stdlib", "finetune-llama-lora"}
 
 
-def test_every_key_is_described():
-    def keys(schema: type[Section]) -> list[str]:
-        return [name for name, field in schema.model_fields.items() if not field.description]
+def sections(schema: type[Section], path: str = "") -> Iterator[tuple[str, type[Section]]]:
+    """Yield every section below a model, with its dotted name."""
+    for name, field in schema.model_fields.items():
+        for candidate in (field.annotation, *get_args(field.annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, Section):
+                yield f"{path}{name}", candidate
+                yield from sections(candidate, f"{path}{name}.")
 
-    sections = [field.annotation for field in Recipe.model_fields.values()]
-    assert keys(Recipe) == []
-    for section in sections:
-        assert isinstance(section, type)
-        assert issubclass(section, Section)
-        assert keys(section) == []
+
+def test_every_key_is_described():
+    found = dict(sections(Recipe))
+    assert set(found) == {*Recipe.model_fields, "model.lora"}
+    for name, section in [("", Recipe), *found.items()]:
+        nameless = [key for key, field in section.model_fields.items() if not field.description]
+        assert not nameless, name
 
 
 def test_overrides_are_read_as_toml_and_as_text_where_they_are_none(tmp_path: Path):
@@ -218,3 +226,15 @@ toml_values = st.recursive(
 @given(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), toml_values, max_size=4))
 def test_what_is_written_as_toml_reads_back_equal(tree: dict[str, Any]):
     assert tomllib.loads(dumps(tree)) == tree
+
+
+@pytest.mark.skipif(not DOCS.is_file(), reason="the documentation is not in the wheel")
+def test_every_key_is_in_the_documentation_with_its_meaning():
+    page = DOCS.read_text(encoding="utf-8").replace("`", "")
+    for name, section in sections(Recipe):
+        assert f"### [{name}]" in page
+        for key, field in section.model_fields.items():
+            if not any(other == f"{name}.{key}" for other, _ in sections(Recipe)):
+                assert re.search(
+                    rf"^\| {key} \| [^|]+ \| {re.escape(field.description or '')}", page, re.M
+                ), f"{name}.{key}"

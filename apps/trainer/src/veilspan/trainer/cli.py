@@ -61,6 +61,8 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = Fals
         from veilspan.trainer.forecast_tables import show_forecast
 
         forecast = make_forecast(resolved)
+        if _rank() > 0:  # under torchrun, one process tells
+            return
         if as_json:
             typer.echo(json.dumps(forecast.to_dict(), indent=2, ensure_ascii=False))
         else:
@@ -111,8 +113,7 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 
 def _refuse(message: str) -> None:
-    rank = int(os.environ.get("RANK", "0"))  # set by torchrun, also before the processes meet
-    if rank > 0:
+    if _rank() > 0:
         # The first process has usually failed too; the launcher then ends this one before it
         # repeats the message. Where this process alone has failed, it must not do so in silence.
         time.sleep(_PATIENCE)
@@ -124,6 +125,11 @@ def _refuse(message: str) -> None:
         sys.stderr.flush()
         os._exit(USER_ERROR)
     raise typer.Exit(USER_ERROR)
+
+
+def _rank() -> int:
+    """Return the number that torchrun gave this process, also before the processes meet."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def _leave() -> None:
