@@ -77,13 +77,13 @@ def crafted(first, second, stddev=1.0):
 @pytest.mark.parametrize(
     ("word", "radius"),
     [
-        (0, (2 * 64 * np.log(2)) ** 0.5),  # 9.42
-        (1, (-2 * np.log(1.5 * 2.0**-63)) ** 0.5),
-        (-1, (-2 * np.log(1.5 * 2.0**-63)) ** 0.5),
-        (2**32, (2 * 31 * np.log(2)) ** 0.5),
-        (2**62, (2 * np.log(2)) ** 0.5),
-        (2**63 - 1, 0.0),
-        (-(2**63), 0.0),
+        (0, (2 * 65 * np.log(2)) ** 0.5),  # 9.49
+        (1, (-2 * np.log(1.5 * 2.0**-64)) ** 0.5),
+        (2**32, (2 * 32 * np.log(2)) ** 0.5),
+        (2**62, (2 * 2 * np.log(2)) ** 0.5),
+        (2**63 - 1, (2 * np.log(2)) ** 0.5),
+        (-(2**63), (2 * np.log(2)) ** 0.5),  # as an unsigned word, 2⁶³
+        (-1, 0.0),  # the largest word
     ],
 )
 def test_tails_reach_beyond_nine_sigma_and_no_word_gives_an_infinite_value(word, radius):
@@ -93,16 +93,24 @@ def test_tails_reach_beyond_nine_sigma_and_no_word_gives_an_infinite_value(word,
         assert np.hypot(*pair) == pytest.approx(radius, abs=1e-9)
 
 
-def test_the_angle_follows_the_second_word_to_double_precision():
+def test_the_angle_is_the_middle_of_an_arc_turned_within_the_arc_to_double_precision():
     angles = words(AesCtr(), KEY, 0, 20_000)[:, 1]
-    corners = np.array([0, -1, 1, 2**63 - 1, -(2**63), 2**50, 2**50 - 1, -(2**50)], np.int64)
+    corners = np.array([0, -1, 1, 2**63 - 1, -(2**63), 2**49, 2**49 - 1, -(2**49)], np.int64)
     buffers = Buffers(len(angles) + len(corners))
     buffers.words[:-1, 0] = 2**40
     buffers.words[:-1, 1] = np.concatenate([angles, corners])
     pairs = gaussian_pairs(buffers, 1.0)
-    theta = buffers.words[:-1, 1].astype(np.longdouble) * (2 * np.pi * np.longdouble(2) ** -64)
+    word = buffers.words[:-1, 1]
+    within = ((word + 2**49) & (2**50 - 1)) - 2**49  # lower 50 bits, signed
+    theta = (word >> 50) + 0.5 + within.astype(np.longdouble) * np.longdouble(2) ** -50
+    theta *= 2 * np.longdouble(np.pi) / 2**14
     expected = np.stack([np.cos(theta), np.sin(theta)], axis=1) * np.hypot(*pairs.T)[:, None]
-    assert np.abs(pairs - expected.astype(np.float64)).max() < 1e-14
+    assert np.abs(pairs - expected.astype(np.float64)).max() < 2e-14
+
+
+def test_the_angle_covers_the_circle_evenly():
+    angles = np.sort(np.arctan2(*draw().view(-1, 2).numpy().T))
+    assert stats.kstest(angles, "uniform", args=(-np.pi, 2 * np.pi)).pvalue > 1e-4
 
 
 slices = st.lists(st.integers(0, 40_000), min_size=1, max_size=6)
@@ -156,8 +164,8 @@ def test_values_of_both_streams_are_pinned():
         for name, source in (("aes", GaussianNoise), ("philox", PhiloxNoise))
     }
     assert pins == {
-        "aes": [-1.633121108, -0.415527011, 0.284181736],
-        "philox": [-0.708618965, 0.516069889, -0.594345216],
+        "aes": [-1.992354488, -0.506522659, 0.341028004],
+        "philox": [-1.186420747, 0.864389461, -0.749682141],
     }
 
 

@@ -33,10 +33,10 @@ __all__ = ["GaussianNoise", "PhiloxNoise", "new_key"]
 
 # Chunks begin at multiples of their size in the whole tensor and are always computed in full, so an
 # element sits in the same place of the same arrays whoever asks for it, and no vector library can
-# round it differently. At this size the arrays of one chunk stay in a core's cache.
-_PAIRS = 2**12
+# round it differently. At this size a chunk's arrays stay in the cache.
+_PAIRS = 2**13
 _CHUNK = 2 * _PAIRS
-_CHUNKS_WORTH_THREADS = 16
+_CHUNKS_WORTH_THREADS = 8
 _TABLE_BITS = 14
 
 
@@ -56,7 +56,7 @@ class GaussianNoise:
         tensor, stddev): shards are disjoint parts of one draw, replicas are bitwise equal on
         machines of one kind, and different steps or names have computationally independent noise.
         Noise is computed in fp64, and the sum is rounded once to the tensor's type. The law is the
-        normal law up to |z| = 9.41, where a 63-bit radius ends (probability beyond it: 5e-21).
+        normal law up to |z| = 9.49, where a 64-bit radius ends (probability beyond it: 2e-21).
 
     Source: Box and Muller (1958), https://doi.org/10.1214/aoms/1177706645.
 
@@ -181,46 +181,43 @@ def gaussian_pairs(buffers: Buffers, stddev: float) -> NDArray[np.float64]:
         Independent normals, `[N, 2]`, fp64, a view of the buffers: stddev·√(-2 ln u)·(cos θ, sin θ)
         with u from the first word of a row and θ from the second.
     """
-    _radii(buffers, stddev)
-    _turn(buffers)
+    _radii(buffers)
+    _turn(buffers, stddev)
     return buffers.normals.view(np.float64).reshape(-1, 2)
 
 
-def _radii(buffers: Buffers, stddev: float) -> None:
-    """Write stddev·√(-2 ln u); u in [2⁻⁶⁴, 1] has full relative precision where it is small."""
+def _radii(buffers: Buffers) -> None:
+    """Write √(-2 ln u); u in [2⁻⁶⁵, 1] has full relative precision where it is small."""
     radius = buffers.radius
-    radius[:] = buffers.words[:-1, 0]
-    np.abs(radius, out=radius)
-    radius *= 2.0**-63
-    radius += 2.0**-64
+    radius[:] = buffers.words[:-1, 0].view(np.uint64)
+    radius *= 2.0**-64
+    radius += 2.0**-65  # the middle of the word's interval
     np.log(radius, out=radius)
     radius *= -2.0
     np.sqrt(radius, out=radius)
-    radius *= stddev
 
 
-def _turn(buffers: Buffers) -> None:
-    """Write radius·(cos θ + i sin θ), where θ is a second word in units of 2π·2⁻⁶⁴.
+def _turn(buffers: Buffers, stddev: float) -> None:
+    """Write stddev·radius·(cos θ + i sin θ), θ uniform on the circle.
 
-    Its upper bits choose a point of a table; its lower 50 bits turn that point by at most 2e-4, for
-    which two terms of each series give cos and sin with an error below 1e-16.
+    The upper bits of a second word choose the middle of an arc from a table; its lower 50 bits turn
+    that point within the arc, by at most 2e-4, for which two terms of each series give cos and sin
+    with an error below 1e-16.
     """
     word, angle, square = buffers.words[:-1, 1], buffers.angle, buffers.square
     cosine, sine = buffers.normals.real, buffers.normals.imag
-    low_bits = 64 - _TABLE_BITS
-    np.bitwise_and(word, (1 << low_bits) - 1, out=buffers.bits)
+    np.left_shift(word, _TABLE_BITS, out=buffers.bits)  # the lower bits, as a signed number
     angle[:] = buffers.bits
-    angle -= 2.0 ** (low_bits - 1)  # the table holds the middle of each arc
-    angle *= 2.0 * math.pi * 2.0**-64
+    angle *= 2.0 * math.pi * 2.0 ** (-64 - _TABLE_BITS)
     np.multiply(angle, angle, out=square)
-    np.multiply(square, -0.5, out=cosine)
-    cosine += 1.0
+    np.multiply(square, -stddev / 2.0, out=cosine)
+    cosine += stddev
     cosine *= buffers.radius
+    square *= -stddev / 6.0
+    square += stddev
     angle *= buffers.radius
-    square *= -1.0 / 6.0
-    square += 1.0
     np.multiply(square, angle, out=sine)
-    np.right_shift(word, low_bits, out=buffers.bits)
+    np.right_shift(word, 64 - _TABLE_BITS, out=buffers.bits)
     buffers.normals *= _unit_circle().take(buffers.bits, mode="wrap", out=buffers.points)
 
 
