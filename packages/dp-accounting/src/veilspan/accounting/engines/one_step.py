@@ -68,7 +68,11 @@ class OneStep:
         Raises:
             EngineError: If the loss is too large for doubles there.
         """
-        x = 1 - self.sigma * float(ndtri(tail))
+        # Half the tail for each part of P; the part with the record has only a share of q.
+        x = max(
+            -self.sigma * float(ndtri(tail / 2)),
+            1 - self.sigma * float(ndtri(min(tail / (2 * self.q), 0.5))),
+        )
         log_ratio = math.log(self.q) - self.bottom + (x - 0.5) / self.sigma**2
         excess = float(np.logaddexp(0.0, log_ratio))
         if excess > _LARGEST_LOSS:

@@ -43,8 +43,8 @@ class PldEngine:
 
     Guarantee:
         `lower ≤ ε ≤ upper` over both directions of add/remove adjacency. Discretisation, truncation
-        and aliasing are bounded by proof; rounding of doubles by a margin that the tests check
-        against 40-digit arithmetic.
+        and aliasing are bounded by proof, rounding of doubles by margins that the tests check
+        against closed forms and integrals.
     """
 
     relative_width: float = 5e-4
@@ -121,7 +121,7 @@ class _Question:
         return max(composed.lower_epsilon() * (1 - _MARGIN) - rounding, 0.0)
 
     def _rough(self, direction: _Direction) -> float | None:
-        """Return slightly less than ε, or nothing, from two transforms that cost next to nothing."""
+        """Return slightly less than ε, or nothing, from two transforms that cost very little."""
         rough = replace(self, largest_transform=min(_ROUGH_TRANSFORM, self.largest_transform))
         guess = None
         for _ in range(2):  # the second window is narrower, so its grid is finer

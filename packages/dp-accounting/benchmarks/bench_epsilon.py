@@ -1,0 +1,153 @@
+"""Time of one ε and of one noise calibration, against prv-accountant and, if installed, Opacus.
+
+Run `python benchmarks/bench_epsilon.py --json result.json`. Every row names its upper bound, so
+that a faster but looser answer shows. Each question is asked once, after another one that loads the
+library, so that neither imports nor caches count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from veilspan.accounting.calibration import calibrate_noise
+from veilspan.accounting.engines import CertifiedEngine, SampledGaussian
+
+# q, σ, T, δ
+SETTINGS = [
+    (0.01, 1.0, 1_000, 1e-5),
+    (0.001, 0.8, 10_000, 1e-6),
+    (0.05, 3.0, 2_000, 1e-7),
+    (0.01, 50.0, 1_000, 1e-6),
+]
+WARM_UP = (0.02, 2.0, 100, 1e-5)
+# target ε, δ, q, T
+CALIBRATIONS = [(3.0, 1e-6, 0.01, 1_000), (0.05, 1e-6, 0.01, 1_000)]
+
+
+def ours(q: float, sigma: float, steps: int, delta: float) -> float:
+    mechanism = SampledGaussian(noise_multiplier=sigma, sampling_probability=q, steps=steps)
+    return CertifiedEngine().epsilon(mechanism, delta).upper
+
+
+def prv_accountant(q: float, sigma: float, steps: int, delta: float) -> float:
+    from prv_accountant.dpsgd import DPSGDAccountant
+
+    accountant = DPSGDAccountant(
+        noise_multiplier=sigma,
+        sampling_probability=q,
+        max_steps=steps,
+        eps_error=0.01,
+        delta_error=delta / 1000,
+    )
+    return accountant.compute_epsilon(delta, steps)[2]
+
+
+def opacus(q: float, sigma: float, steps: int, delta: float) -> float:
+    from opacus.accountants import PRVAccountant
+
+    accountant = PRVAccountant()
+    accountant.history = [(sigma, q, steps)]
+    return accountant.get_epsilon(delta)
+
+
+def our_noise(target: float, delta: float, q: float, steps: int) -> float:
+    return calibrate_noise(
+        target_epsilon=target, delta=delta, sampling_probability=q, steps=steps
+    ).noise_multiplier
+
+
+def opacus_noise(target: float, delta: float, q: float, steps: int) -> float:
+    from opacus.accountants.utils import get_noise_multiplier
+
+    return get_noise_multiplier(
+        target_epsilon=target, target_delta=delta, sample_rate=q, steps=steps, accountant="prv"
+    )
+
+
+def timed(function: Callable[..., float], arguments: tuple[Any, ...]) -> dict[str, Any]:
+    start = time.perf_counter()
+    try:
+        value = function(*arguments)
+    except ImportError:
+        return {"error": "not installed"}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"value": value, "seconds": time.perf_counter() - start}
+
+
+def machine() -> dict[str, Any]:
+    names = ("veilspan-accounting", "numpy", "scipy", "prv-accountant", "opacus")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def rows() -> list[dict[str, Any]]:
+    epsilon = {"veilspan": ours, "prv-accountant": prv_accountant, "opacus": opacus}
+    noise = {"veilspan": our_noise, "opacus": opacus_noise}
+    result = []
+    for function in epsilon.values():
+        timed(function, WARM_UP)
+    for setting in SETTINGS:
+        for name, function in epsilon.items():
+            named = dict(zip(("q", "sigma", "steps", "delta"), setting, strict=True))
+            measured = timed(function, setting)
+            result.append({"task": "epsilon", "library": name, **named, **measured})
+    for setting in CALIBRATIONS:
+        for name, function in noise.items():
+            named = dict(zip(("target_epsilon", "delta", "q", "steps"), setting, strict=True))
+            measured = timed(function, setting)
+            result.append({"task": "noise", "library": name, **named, **measured})
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the result")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    report = {"machine": machine(), "rows": rows()}
+    print(f"{report['machine']['cpu']}, {report['machine']['platform']}")
+    for row in report["rows"]:
+        setting = ", ".join(
+            f"{name}={row[name]:g}"
+            for name in ("target_epsilon", "q", "sigma", "steps", "delta")
+            if name in row
+        )
+        answer = row.get("error") or f"{row['value']:<12.6g} {row['seconds'] * 1e3:9.1f} ms"
+        print(f"{row['task']:<8} {row['library']:<15} {setting:<50} {answer}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
