@@ -6,7 +6,10 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from veilspan.core import (
     Flat,
@@ -331,6 +334,19 @@ def test_a_plain_backward_inside_of_a_step_is_refused():
     with pytest.raises(PrivacyError, match="inside the logical batch"), step:
         square_losses(model, torch.randn(2, 3)).sum().backward()
     assert model.weight.grad is None
+
+
+def test_pitfall_35_parameters_split_over_ranks_need_their_shards(tmp_path):
+    store = dist.FileStore(str(tmp_path / "ranks"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4))
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        for backward in ("auto", "single_sample", "per_sample"):
+            with pytest.raises(UnsupportedModelError, match="Pass shards="):
+                attach(model, backward=backward)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_pitfall_42_an_optimizer_inside_of_backward_is_refused():

@@ -102,7 +102,7 @@ class StrategyPlan:
         return "\n".join(lines)
 
     def _path(self, module: OwnedModule, lengths: dict[str, int]) -> str:
-        kind = module.rule.name if module.rule else f"{type(module.module).__name__} (no rule)"
+        kind = module.rule.name if module.rule else type(module.module).__name__
         numel = sum(p.numel() for p in module.parameters.values())
         text = f"{kind:<20} {numel:>12,} elements"
         strategies = {choice.name for choice in self.chosen.values()}

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from veilspan.core.errors import UnsupportedModelError
 
 
 class LocalShards:
@@ -20,7 +23,17 @@ class LocalShards:
         return values
 
     def local(self, tensor: Tensor) -> Tensor:
-        """Return `tensor` unchanged."""
+        """Return `tensor` unchanged.
+
+        Raises:
+            UnsupportedModelError: If the tensor is split over ranks.
+        """
+        if isinstance(tensor, DTensor):
+            raise UnsupportedModelError(
+                f"A parameter of shape {tuple(tensor.shape)} is split over ranks (a DTensor), but "
+                "PrivateStep was told of no shards, so each rank would see a part of the norm. "
+                "Pass shards=, such as veilspan.parallel.ContextShards(mesh)."
+            )
         return tensor
 
     def offset(self, parameter: Tensor) -> int:

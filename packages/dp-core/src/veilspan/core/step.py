@@ -118,7 +118,10 @@ class PrivateStep:
         self._reduction = reduction or NoReduction()
         self._on_release = on_release
         owned = trainable_parameters(model)
-        modules = list(owned_modules(model, kernel or BlockedKernel()))
+        for parameter in owned.values():
+            self._shards.local(parameter.detach())  # refuses what it cannot place, before training
+        may_tap = backward != "single_sample" and self._shards.degree == 1
+        modules = list(owned_modules(model, (kernel or BlockedKernel()) if may_tap else None))
         self._plan = plan_for(
             model, modules, backward=backward, norms=norms, degree=self._shards.degree
         )

@@ -64,13 +64,18 @@ def refuse_cross_sample_layers(model: nn.Module) -> None:
             )
 
 
-def owned_modules(model: nn.Module, kernel: NormKernel) -> Iterator[OwnedModule]:
-    """Yield every module that owns trainable parameters, with its rule or None."""
+def owned_modules(model: nn.Module, kernel: NormKernel | None) -> Iterator[OwnedModule]:
+    """Yield every module that owns trainable parameters, with its rule or None.
+
+    Args:
+        model: The model.
+        kernel: Arithmetic for the rules; None looks for no rule, where no tap can be used.
+    """
     for name, module in model.named_modules():
         own = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
         if own:
             patched = "forward" in module.__dict__
-            rule = None if patched else find_rule(name, module, kernel)
+            rule = None if patched or kernel is None else find_rule(name, module, kernel)
             yield OwnedModule(
                 name=_WRAPPERS.sub("", f"{name}.").removesuffix("."),
                 module=module,
