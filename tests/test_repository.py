@@ -275,6 +275,12 @@ def test_every_page_is_in_the_navigation_and_every_entry_is_a_page() -> None:
     assert sorted(entries) == sorted(pages)
 
 
+def test_the_architecture_names_files_that_exist() -> None:
+    named = set(re.findall(r"\b[a-z_]+\.py\b", (ROOT / "ARCHITECTURE.md").read_text("utf-8")))
+    there = {path.name for name in PACKAGES for path in source(name).rglob("*.py")}
+    assert named - there - {"__init__.py"} == set()
+
+
 def test_sharp_edges_lists_the_pitfalls_that_have_tests_and_no_others() -> None:
     page = (ROOT / "docs/sharp-edges.md").read_text(encoding="utf-8")
     listed = [int(row) for row in re.findall(r"^\| (\d+) \|", page, re.M)]
