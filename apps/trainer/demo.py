@@ -13,6 +13,7 @@ import sysconfig
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 RECIPE = Path(__file__).parent / "recipes" / "demo-stdlib.toml"
 PROMPT = "def "
@@ -52,7 +53,7 @@ def generate(model_folder: Path) -> str:
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder)
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
     output = model.generate(**inputs, max_new_tokens=60, do_sample=True, temperature=0.7)
     return tokenizer.decode(output[0], skip_special_tokens=True)
