@@ -266,11 +266,9 @@ def empty_draws(mesh: ParallelMesh) -> dict[str, Any]:
 
 
 def unsharded(mesh: ParallelMesh) -> str:
-    """A model that nobody sharded must not get through a step."""
-    step = private_step(Wide(), mesh)
+    """A model that nobody sharded must not get as far as a step."""
     try:
-        with step:
-            step.backward(step.model(torch.ones(1, 500)).sum(dim=1))
+        private_step(Wide(), mesh)
     except ValueError as error:
         return str(error)
     return "nothing was raised"

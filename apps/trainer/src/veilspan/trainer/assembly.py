@@ -138,9 +138,8 @@ def private_step(
 def check(parts: Parts, step: PrivateStep) -> Report:
     """Run the preflight, and one micro-batch of the real shape, on synthetic records.
 
-    Both are discarded before anything is released. Together they set the process's peak memory,
-    which therefore says nothing about private records, and let the cost model choose before the
-    first private record is read.
+    Both are discarded before anything is released. They let the cost model choose, and memory run
+    out, before the first private record is read.
 
     Raises:
         PrivacyError: If the model or its loss cannot be trained privately.

@@ -80,7 +80,7 @@ def train(recipe: Recipe, *, observer: Observer | None = None) -> Path:
         PrivacyError: If the model cannot be trained with the stated guarantee.
 
     Guarantee:
-        The model and everything in the run folder, except the times in the ledger, is
+        The model and everything in the run folder is
         (ε, δ)-differentially private for the ε that the ledger gives. It counts every attempt at
         every step.
     """

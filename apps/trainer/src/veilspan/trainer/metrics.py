@@ -38,7 +38,7 @@ PUBLIC_METRICS: Mapping[str, PublicMetric] = {
     ),
     "memory_gib": PublicMetric(
         unit="GiB",
-        reason="Peak of one process, set by the full-length synthetic records of the preflight.",
+        reason="Peak of one process, which holds one micro-batch however many units are drawn.",
     ),
 }
 

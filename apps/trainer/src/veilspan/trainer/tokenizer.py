@@ -22,7 +22,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     Guarantee:
         It is fixed. A tokenizer trained on private text would publish parts of that text.
 
-    Example:
+    Examples:
         >>> byte_tokenizer()("ab").input_ids
         [256, 97, 98]
     """

@@ -57,7 +57,7 @@ class EpsilonBounds:
 def round_up(value: float, digits: int = 4) -> str:
     """Write a non-negative number with `digits` significant digits, rounded up, never down.
 
-    Example:
+    Examples:
         >>> round_up(7.99901), round_up(0.0123411), round_up(float("inf"))
         ('8.000', '0.01235', 'infinity')
     """

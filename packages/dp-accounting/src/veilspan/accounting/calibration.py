@@ -135,3 +135,24 @@ def _check(target_epsilon: float, delta: float, sampling_probability: float, ste
     check_delta(delta)
     check_probability("sampling_probability", sampling_probability)
     check_count("steps", steps)
+
+
+def largest(fits: Callable[[int], bool], *, start: int) -> int:
+    """Return the largest count that fits, by doubling and bisection.
+
+    Args:
+        fits: True up to some count and false from there on; true at 0.
+        start: First guess.
+
+    Returns:
+        The count; 2^40 or more where every count fits.
+    """
+    low, high = 0, max(start, 1)
+    while fits(high):
+        low, high = high, 2 * high
+        if high > 1 << 40:  # nothing is ever spent, as with sampling_probability = 0
+            return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

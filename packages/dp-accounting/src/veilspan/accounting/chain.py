@@ -26,12 +26,12 @@ class LedgerEntry:
     Args:
         step: Step of the training run; `None` for a torn line.
         attempt: Which attempt at the step, from 0; `None` for a torn line.
-        time: When it was recorded, UTC, ISO 8601; `None` for a torn line.
+        day: Day on which it was recorded, UTC, ISO 8601; `None` for a torn line.
     """
 
     step: int | None
     attempt: int | None
-    time: str | None
+    day: str | None
 
     @property
     def torn(self) -> bool:
@@ -79,7 +79,7 @@ def entry_line(entry: LedgerEntry, number: int, previous: str) -> bytes:
             "number": number,
             "step": entry.step,
             "attempt": entry.attempt,
-            "time": entry.time,
+            "day": entry.day,
             "previous": previous,
         }
     )
@@ -148,7 +148,7 @@ def _read_header(line: bytes, name: str) -> Header:
 def _read_entry(line: bytes, number: int, previous: str, name: str) -> LedgerEntry:
     fields = _parse(line)
     if fields is None:  # torn by a crash; its bytes are still held by the next line's link
-        return LedgerEntry(step=None, attempt=None, time=None)
+        return LedgerEntry(step=None, attempt=None, day=None)
     if fields.get("previous") != previous or fields.get("number") != number:
         raise LedgerError(
             f"{name} was altered: line {number + 1} does not continue the line before it. A line "
@@ -158,7 +158,7 @@ def _read_entry(line: bytes, number: int, previous: str, name: str) -> LedgerEnt
     step, attempt = fields.get("step"), fields.get("attempt")
     if not isinstance(step, int) or not isinstance(attempt, int):
         raise LedgerError(f"{name}: line {number + 1} names no step and attempt.")
-    return LedgerEntry(step=step, attempt=attempt, time=fields.get("time"))
+    return LedgerEntry(step=step, attempt=attempt, day=fields.get("day"))
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

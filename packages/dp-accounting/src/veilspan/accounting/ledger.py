@@ -11,6 +11,7 @@ from typing import NoReturn, Self
 
 from veilspan.accounting import chain, files
 from veilspan.accounting.bounds import EpsilonBounds, round_up
+from veilspan.accounting.calibration import largest
 from veilspan.accounting.chain import Contents, Header, LedgerEntry, LedgerError
 from veilspan.accounting.engines import CertifiedEngine, PldEngine
 from veilspan.accounting.mechanism import check_count, check_number
@@ -34,7 +35,7 @@ class Ledger:
         When `append` returns, the release is on disk. Damage to the file raises the count or is
         refused; it never lowers the count.
 
-    Example:
+    Examples:
         >>> import tempfile, pathlib
         >>> plan = PrivacyPlan(
         ...     noise_multiplier=1.0, sampling_probability=0.01, steps=1000, delta=1e-5
@@ -89,7 +90,7 @@ class Ledger:
             run_id=uuid.uuid4().hex if run_id is None else run_id,
             plan=plan,
             budget_epsilon=None if budget_epsilon is None else float(budget_epsilon),
-            created=_now(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         path = Path(path)
         line = header.to_line()
@@ -203,7 +204,8 @@ class Ledger:
         self._require_budget()
         if os.fstat(descriptor).st_size != self._size:
             self._fail("was changed by somebody else while this run was using it")
-        entry = LedgerEntry(step=step, attempt=attempt, time=_now())
+        # the day alone: the time between two releases would tell how many records were drawn
+        entry = LedgerEntry(step=step, attempt=attempt, day=str(datetime.now(UTC).date()))
         line = chain.entry_line(entry, self.releases + 1, self._tail)
         written = b"\n" + line if self._ends_torn else line
         try:
@@ -304,22 +306,9 @@ def _require_same(header: Header, plan: PrivacyPlan | None, run_id: str | None, 
 
 
 def _most_releases(plan: PrivacyPlan, budget: float) -> int:
-    """Return the largest number of releases whose ε is within the budget, by bisection."""
+    """Return the largest number of releases whose ε is within the budget."""
     engine = CertifiedEngine(pld=PldEngine(one_sided=True))  # what calibration uses
-
-    def fits(releases: int) -> bool:
-        return plan.epsilon_after(releases, engine=engine).upper <= budget
-
-    low, high = 0, max(plan.steps, 1)
-    while fits(high):
-        low, high = high, 2 * high
-        if high > 1 << 40:  # nothing is ever spent, as with sampling_probability = 0
-            return high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+    return largest(
+        lambda releases: plan.epsilon_after(releases, engine=engine).upper <= budget,
+        start=plan.steps,
+    )

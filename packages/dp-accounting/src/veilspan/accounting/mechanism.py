@@ -21,7 +21,7 @@ class SampledGaussian:
     Raises:
         ValueError: If an argument is outside its range.
 
-    Example:
+    Examples:
         >>> SampledGaussian(noise_multiplier=1.0, sampling_probability=0.01, steps=1000).steps
         1000
     """

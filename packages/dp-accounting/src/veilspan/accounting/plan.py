@@ -52,7 +52,7 @@ class PrivacyPlan:
     Raises:
         ValueError: If a value is out of range or a name is unknown.
 
-    Example:
+    Examples:
         >>> plan = PrivacyPlan(
         ...     noise_multiplier=1.0, sampling_probability=0.01, steps=1000, delta=1e-5
         ... )
@@ -146,7 +146,7 @@ class PrivacyPlan:
             `plan.epsilon().upper <= target_epsilon`, and the noise multiplier is at most 0.1 %
             above the smallest one for which that can be certified.
 
-        Example:
+        Examples:
             >>> plan = PrivacyPlan.calibrate(
             ...     target_epsilon=8.0, delta=1e-7, sampling_probability=1 / 512, steps=4000
             ... )

@@ -24,7 +24,7 @@ class Clip:
 
     Source: Abadi et al. (2016), https://arxiv.org/abs/1607.00133, Algorithm 1.
 
-    Example:
+    Examples:
         >>> Clip().factors(torch.tensor([0.5, 4.0]), clip_norm=1.0)
         tensor([1.0000, 0.2500])
     """
@@ -46,7 +46,7 @@ class Automatic:
     Raises:
         ValueError: If `gamma` is negative or not finite.
 
-    Example:
+    Examples:
         >>> Automatic(gamma=0.0).factors(torch.tensor([0.5, 4.0]), clip_norm=1.0)
         tensor([2.0000, 0.2500])
     """

@@ -45,7 +45,7 @@ def causal_lm_losses(
         A loss depends on its own record alone: not on other records, on how many there are, or on
         the content of tokens that do not count, even if that is not finite.
 
-    Example:
+    Examples:
         >>> logits, labels = torch.zeros(2, 3, 4), torch.tensor([[1, 2, 3], [1, -100, -100]])
         >>> causal_lm_losses(logits, labels)
         tensor([1.3863, 0.0000])

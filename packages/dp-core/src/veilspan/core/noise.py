@@ -60,7 +60,7 @@ class GaussianNoise:
 
     Source: Box and Muller (1958), https://doi.org/10.1214/aoms/1177706645.
 
-    Example:
+    Examples:
         >>> noise = GaussianNoise(new_key())
         >>> whole, right = torch.zeros(10), torch.zeros(7)
         >>> noise.add_(whole, stddev=2.0, step=4, name="weight", offset=0)

@@ -108,7 +108,7 @@ def poisson_batches(
         adjacency: the law does not depend on which records exist). See `poisson_draw` for how
         precisely.
 
-    Example:
+    Examples:
         >>> from veilspan.core.noise import new_key
         >>> draws = list(poisson_batches(10**9, 1e-8, 3, key=new_key()))
         >>> [draw.step for draw in draws]

@@ -77,7 +77,7 @@ class PrivateStep:
         noise on every coordinate is N(0, (σ·sensitivity)²) before division. Abadi et al. (2016),
         https://arxiv.org/abs/1607.00133.
 
-    Example:
+    Examples:
         >>> from veilspan.core import Flat, PrivateStep
         >>> model = torch.nn.Linear(3, 1)
         >>> step = PrivateStep(

@@ -67,7 +67,7 @@ def context_parallel(
         ValueError: If the layout is for another number of ranks or the attention unknown.
         RuntimeError: If a block is already open in this process.
 
-    Example:
+    Examples:
         >>> from veilspan.parallel import Layout, build_mesh
         >>> with context_parallel(build_mesh(), Layout(length=8, ranks=1)):
         ...     pass  # losses_B = …; step.backward(losses_B)

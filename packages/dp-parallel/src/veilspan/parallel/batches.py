@@ -64,7 +64,7 @@ def shard_batch(
     Raises:
         ValueError: If the shapes are not `[B, T']` and equal, or T' exceeds `layout.length`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> ids = torch.tensor([[5, 6, 7, 8]])
         >>> part = shard_batch(ids, ids, Layout(length=4, ranks=2), rank=0)

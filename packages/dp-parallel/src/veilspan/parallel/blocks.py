@@ -20,7 +20,7 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     Raises:
         ValueError: If there is no such list, or two blocks share a parameter.
 
-    Example:
+    Examples:
         >>> blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
         >>> len(decoder_blocks(nn.Sequential(nn.Embedding(8, 4), blocks)))
         2

@@ -35,7 +35,7 @@ def register_attention() -> str:
     Raises:
         ImportError: If transformers is not installed.
 
-    Example:
+    Examples:
         >>> register_attention()
         'veilspan_context'
     """

@@ -30,7 +30,7 @@ class Layout:
         N
             (contiguous) or 2N (zigzag).
 
-    Example:
+    Examples:
         >>> Layout(length=8, ranks=2, kind="zigzag").positions(0)
         tensor([0, 1, 6, 7])
     """
@@ -53,7 +53,7 @@ class Layout:
     def padded_length(length: int, ranks: int, kind: LayoutKind = "contiguous") -> int:
         """Return the smallest length that fits the layout and holds `length` tokens.
 
-        Example:
+        Examples:
             >>> Layout.padded_length(2045, 2, "zigzag")
             2048
         """

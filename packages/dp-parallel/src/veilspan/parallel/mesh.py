@@ -105,7 +105,7 @@ def build_mesh(
         ValueError: If a degree is not positive, the device type unknown, or `replicate · context`
             is not the number of processes.
 
-    Example:
+    Examples:
         >>> mesh = build_mesh()
         >>> mesh.world_size, mesh.context_rank
         (1, 0)

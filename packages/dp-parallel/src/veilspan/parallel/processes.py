@@ -27,7 +27,7 @@ def broadcast_bytes(value: bytes | None, mesh: ParallelMesh) -> bytes:
     Raises:
         ValueError: If rank 0 passes None.
 
-    Example:
+    Examples:
         >>> from veilspan.parallel import build_mesh
         >>> broadcast_bytes(b"key", build_mesh())
         b'key'

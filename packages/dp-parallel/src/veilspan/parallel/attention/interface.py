@@ -57,7 +57,7 @@ def choose(name: AttentionName, *, heads: int, key_heads: int, ranks: int) -> At
     Raises:
         ValueError: If `name` is unknown, or `"ulysses"` and `heads` is not divisible by `ranks`.
 
-    Example:
+    Examples:
         >>> choose("auto", heads=32, key_heads=8, ranks=16)
         'allgather'
     """
