@@ -78,6 +78,7 @@ class PrivateStep:
         https://arxiv.org/abs/1607.00133.
 
     Examples:
+        >>> import torch
         >>> from veilspan.core import Flat, PrivateStep
         >>> model = torch.nn.Linear(3, 1)
         >>> step = PrivateStep(
