@@ -10,7 +10,7 @@ from scipy.integrate import quad
 from scipy.special import ndtr
 
 from veilspan.accounting import PrivacyPlan
-from veilspan.accounting.engines import CertifiedEngine, PldEngine, SampledGaussian
+from veilspan.accounting.engines import CertifiedEngine, PldEngine, RdpEngine, SampledGaussian
 from veilspan.accounting.engines.closed_form import gaussian_epsilon, gaussian_log_delta
 from veilspan.accounting.engines.compose import Composition
 from veilspan.accounting.engines.discretise import dominated, dominating
@@ -238,6 +238,8 @@ def test_epsilon_grows_without_limit_as_the_noise_vanishes():
         (0.3, 0.01, 1_000, 1e-5),  # beyond the range of doubles
         (0.01, 1.0, 1_000, 0.3),  # δ above what one record can change
         (1e-9, 0.5, 1_000_000, 1e-6),
+        (1.15e-5, 0.3825, 7, 1.16e-10),  # rare losses of 10, usual ones of a thousandth
+        (0.9944, 0.041, 7, 2.3e-18),
     ],
 )
 def test_hard_cases_end_soon_with_a_valid_bound(q, sigma, steps, delta):
@@ -245,6 +247,9 @@ def test_hard_cases_end_soon_with_a_valid_bound(q, sigma, steps, delta):
     bounds = CertifiedEngine().epsilon(mechanism, delta)
     assert math.isfinite(bounds.upper)
     assert bounds.upper <= gaussian_epsilon(math.sqrt(steps) / sigma, delta) * (1 + 1e-9)
+    loose = RdpEngine().epsilon(mechanism, delta).upper
+    assert bounds.lower <= loose
+    assert bounds.upper <= loose * (1 + 1e-6) + 1e-4  # where ε is 0, a grid cell is left
 
 
 def test_numeric_trouble_ends_in_a_looser_bound_that_names_its_engine():

@@ -1,5 +1,6 @@
 """The public surface is small, documented, and what the documents show runs."""
 
+import doctest
 import inspect
 import pathlib
 import re
@@ -10,6 +11,7 @@ import pytest
 
 import veilspan.accounting
 import veilspan.accounting.engines
+from veilspan.accounting import bounds, ledger, mechanism, plan
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
@@ -35,6 +37,13 @@ def test_import_needs_neither_torch_nor_a_plotting_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", [bounds, ledger, mechanism, plan])
+def test_examples_in_docstrings_print_what_they_say(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 @pytest.mark.skipif(not README.exists(), reason="runs from the sources only")

@@ -44,7 +44,7 @@ class Ledger:
         >>> with Ledger.create(path, plan, budget_epsilon=2.0) as ledger:
         ...     ledger.append(step=0, attempt=0)
         ...     print(ledger.releases, ledger.spent())
-        1 ε ≤ 0.2002 at δ = 1e-05
+        1 ε ≤ 0.1995 at δ = 1e-05
     """
 
     def __init__(self, path: Path, descriptor: int, contents: Contents, read_only: bool) -> None:

@@ -111,7 +111,8 @@ class Composition:
         is the smallest θ that keeps errors small against δ at the guess: weak tilts have light
         tails, and light tails a narrow window.
         """
-        orders = np.geomspace(1e-2, 1e3, 64) / self._spread(0.0)
+        weakest, strongest = min(1e-2 / self._spread(0.0), 1e-2), 1e3 / self._spread(0.0)
+        orders = np.geomspace(weakest, strongest, int(12 * math.log10(strongest / weakest)) + 2)
         log_tail = self._steps * self._log_moments(orders) - self._log_delta
         if guess is None:
             return float(orders[np.argmin(log_tail / orders)])
@@ -198,12 +199,12 @@ class Composition:
         k = int(exceeds[-1])
         if k + 1 == len(loss):
             return (math.inf if sign > 0 else float(loss[-1])), "charged"
+        flaw = "none" if self._charge * untilt[k] < _LARGEST_CHARGE else "charged"
         # Within (loss[k], loss[k+1]] the charge is at most what it is at loss[k].
         excess = above[k + 1] - allowed[k]
         if excess <= 0 or discounted[k + 1] <= 0:
-            return float(loss[k + 1] if sign > 0 else loss[k]), "none"
-        flaw = "none" if self._charge * untilt[k] < _LARGEST_CHARGE else "charged"
-        root = float(loss[k + 1]) + math.log(excess / discounted[k + 1])
+            return float(loss[k + 1] if sign > 0 else loss[k]), flaw
+        root = float(loss[k + 1]) + math.log(excess) - math.log(discounted[k + 1])
         return min(max(root, float(loss[k])), float(loss[k + 1])), flaw
 
 

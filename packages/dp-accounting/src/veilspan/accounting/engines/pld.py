@@ -70,9 +70,10 @@ class PldEngine:
             if bounds.upper <= bounds.lower * (1 + self.relative_width):
                 break
             finer = self._bounds(mechanism, delta, fineness)
-            if finer.upper - finer.lower >= bounds.upper - bounds.lower:
-                break  # the largest transform is reached
+            useful = finer.upper - finer.lower < 0.7 * (bounds.upper - bounds.lower)
             bounds = _tighter(bounds, finer)
+            if not useful:
+                break  # the largest transform is reached
         return bounds
 
     def _bounds(self, mechanism: SampledGaussian, delta: float, fineness: float) -> EpsilonBounds:

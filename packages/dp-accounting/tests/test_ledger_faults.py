@@ -1,0 +1,268 @@
+"""Damage to the ledger, a full disk and a crash raise the count or are refused."""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from veilspan.accounting import Ledger, LedgerError, PrivacyPlan, files
+
+PLAN = PrivacyPlan(noise_multiplier=1.0, sampling_probability=0.01, steps=100, delta=1e-5)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "ledger.jsonl"
+
+
+def filled(path, releases=5, **settings):
+    with Ledger.create(path, PLAN, **settings) as ledger:
+        for step in range(releases):
+            ledger.append(step=step)
+    return path
+
+
+def reread(path):
+    with Ledger.open(path, read_only=True) as ledger:
+        return ledger.releases
+
+
+@pytest.mark.parametrize("kept", [1, 10, 60, -1])
+def test_torn_last_line_counts_as_spent_and_the_chain_goes_on(path, kept):
+    filled(path, 5)
+    raw = path.read_bytes()
+    lines = raw.splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1][:kept])
+    with Ledger.open(path) as ledger:
+        assert ledger.releases == 5
+        ledger.append(step=4, attempt=ledger.next_attempt(4))
+        assert ledger.releases == 6
+        ledger.verify()
+    assert reread(path) == 6
+
+
+def test_next_attempt_avoids_what_a_torn_line_may_have_used(path):
+    filled(path, 1)
+    with path.open("ab") as file:
+        file.write(b'{"attempt": 0, "num')
+    with Ledger.open(path) as ledger:
+        assert ledger.entries[-1].torn
+        assert ledger.next_attempt(1) == 1
+
+
+def test_torn_header_says_that_nothing_was_recorded(path):
+    filled(path, 0)
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(LedgerError, match="nothing was ever recorded"):
+        Ledger.open(path)
+    path.write_bytes(b"")
+    with pytest.raises(LedgerError, match="nothing was ever recorded"):
+        Ledger.open(path)
+
+
+def _drop(lines, k):
+    del lines[k]
+
+
+def _change(lines, k):
+    lines[k] = lines[k].replace(b'"attempt": 0', b'"attempt": 7')
+
+
+def _repeat(lines, k):
+    lines.insert(k, lines[k])
+
+
+def _garble(lines, k):
+    lines[k] = b"garbage\n"
+
+
+def _swap(lines, k):
+    lines[k], lines[k + 1] = lines[k + 1], lines[k]
+
+
+@pytest.mark.parametrize("damage", [_drop, _change, _repeat, _garble, _swap])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_tampering_before_the_last_line_is_refused(path, damage, k):
+    filled(path, 5)
+    lines = path.read_bytes().splitlines(keepends=True)
+    damage(lines, k)
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(LedgerError, match="was altered"):
+        Ledger.open(path)
+
+
+def test_tampering_with_the_plan_in_the_header_is_refused(path):
+    filled(path, 0)
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b'"noise_multiplier": 1.0', b'"noise_multiplier": 9.0'))
+    with pytest.raises(LedgerError, match="does not match its digest"):
+        Ledger.open(path)
+
+
+def test_verify_notices_an_end_that_was_cut_off_while_open(path):
+    filled(path, 5)
+    with Ledger.open(path) as ledger:
+        os.truncate(path, path.stat().st_size - len(path.read_bytes().splitlines()[-1]) - 1)
+        with pytest.raises(LedgerError, match="end differs"):
+            ledger.verify()
+        with pytest.raises(LedgerError, match="changed by somebody else"):
+            ledger.append(step=5)
+
+
+def test_pitfall_45_no_bytes_whatever_lower_the_count_or_run_code(path):
+    filled(path, 4)
+    raw = path.read_bytes()
+    generator = random.Random(7)
+    for _ in range(200):
+        data = bytearray(raw)
+        for _ in range(generator.randrange(1, 4)):
+            data[generator.randrange(len(data))] = generator.randrange(256)
+        path.write_bytes(bytes(data))
+        try:
+            releases = reread(path)
+        except LedgerError:
+            continue
+        assert releases >= 4
+
+
+def _full(real, room):
+    """Return an `os.write` for a disk with `room` bytes left."""
+    left = [room]
+
+    def write(fd, data):
+        if not left[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = real(fd, bytes(data)[: left[0]])
+        left[0] -= written
+        return written
+
+    return write
+
+
+@pytest.mark.parametrize("room", [0, 1, 50])
+def test_full_disk_stops_the_run_and_leaves_the_ledger_as_it_was(path, monkeypatch, room):
+    filled(path, 2)
+    before = path.read_bytes()
+    ledger = Ledger.open(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", _full(os.write, room))
+        with pytest.raises(LedgerError, match=r"No space left.*did not happen"):
+            ledger.append(step=2)
+    assert path.read_bytes() == before
+    with pytest.raises(LedgerError, match="was closed"):
+        ledger.append(step=2)
+    with Ledger.open(path) as again:
+        again.append(step=2)
+        assert again.releases == 3
+
+
+def test_full_disk_that_cannot_even_be_cut_back_counts_the_half_line(path, monkeypatch):
+    filled(path, 2)
+    ledger = Ledger.open(path)
+
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", _full(os.write, 30))
+        patch.setattr(os, "ftruncate", broken)
+        with pytest.raises(LedgerError):
+            ledger.append(step=2)
+    assert reread(path) == 3
+
+
+def test_failing_flush_counts_the_line_and_stops_the_run(path, monkeypatch):
+    filled(path, 2)
+    ledger = Ledger.open(path)
+
+    def broken(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", broken)
+        with pytest.raises(LedgerError, match="Input/output error"):
+            ledger.append(step=2)
+    assert reread(path) == 3
+
+
+def test_full_disk_at_creation_leaves_no_file_behind(path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", _full(os.write, 20))
+        with pytest.raises(LedgerError, match="No space left"):
+            Ledger.create(path, PLAN)
+    assert not path.exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+def test_device_that_is_full_is_noticed():
+    descriptor = os.open("/dev/full", os.O_WRONLY)
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            files.write_all(descriptor, b"line\n")
+    finally:
+        os.close(descriptor)
+
+
+def run_child(path, body):
+    code = textwrap.dedent(
+        f"""
+        import os, resource, signal, sys
+        from veilspan.accounting import Ledger, LedgerError
+        ledger = Ledger.open({str(path)!r})
+        """
+    ) + textwrap.dedent(body)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_size_limit_of_the_system_stops_the_run_with_nothing_half_counted(path):
+    filled(path, 2)
+    before = path.read_bytes()
+    child = run_child(
+        path,
+        """
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        limit = os.path.getsize(ledger.path) + 40
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            ledger.append(step=2)
+        except LedgerError as error:
+            print(error)
+            sys.exit(3)
+        """,
+    )
+    assert child.returncode == 3, child.stderr
+    assert "File too large" in child.stdout
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(("room", "expected"), [(0, 2), (1, 3), (70, 3), (10_000, 3)])
+def test_crash_in_the_middle_of_a_line_never_under_counts(path, room, expected):
+    filled(path, 2)
+    child = run_child(
+        path,
+        f"""
+        real = os.write
+        def write(fd, data):
+            real(fd, bytes(data)[:{room}])
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.write = write
+        ledger.append(step=2)
+        """,
+    )
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert reread(path) == expected
+    with Ledger.open(path) as ledger:  # the lock died with the process
+        ledger.append(step=2, attempt=ledger.next_attempt(2))
+        assert ledger.releases == expected + 1
+
+
+def test_crash_after_a_recorded_release_counts_it(path):
+    filled(path, 2)
+    child = run_child(path, "ledger.append(step=2)\nos._exit(9)\n")
+    assert child.returncode == 9, child.stderr
+    assert reread(path) == 3
