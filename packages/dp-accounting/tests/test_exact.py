@@ -60,7 +60,7 @@ def test_discretised_step_dominates_or_is_dominated_at_every_epsilon(direction, 
         assert exact <= hockey_stick(above, epsilon) + 1e-12
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(q=probabilities, sigma=noises, scale=st.floats(0.5, 6.0))
 def test_epsilon_of_one_step_inverts_its_delta(q, sigma, scale):
     step = OneStep(SampledGaussian(noise_multiplier=sigma, sampling_probability=q, steps=1))
@@ -141,7 +141,7 @@ def test_additivity_joint_composition_is_at_most_the_sum_of_its_parts(q, sigma, 
     assert plan.epsilon().lower <= parts
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     q=usual_probabilities,
     sigma=noises,
