@@ -7,8 +7,9 @@ records in its micro-batches.
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +20,8 @@ from veilspan.core import Flat, PrivateStep
 from veilspan.core.losses import causal_lm_losses
 
 CLIP_NORM = 1
+QUICK = {"hidden": 64, "intermediate": 172, "layers": 2, "vocabulary": 256}
+"""A model so small that it only shows whether everything runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,7 @@ class Shape:
     """The model, plus the records of one logical batch."""
 
     length: int
-    records: int = 4
+    records: int = 4  # of one logical batch
     hidden: int = 512
     intermediate: int = 1376
     layers: int = 4
@@ -55,6 +58,14 @@ class Shape:
         """Return random token ids, `[records, length]`."""
         generator = torch.Generator().manual_seed(round_number)
         return torch.randint(self.vocabulary, (self.records, self.length), generator=generator)
+
+
+def without_opacus(names: Sequence[str]) -> list[str]:
+    """Return the methods that can run here."""
+    if importlib.util.find_spec("opacus") is not None:
+        return list(names)
+    print("Opacus is not installed; it is left out. pip install opacus==1.6.0")
+    return [name for name in names if not name.startswith("opacus")]
 
 
 class Method(Protocol):

@@ -9,27 +9,27 @@ from typing import Any
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """Return one line per length and method."""
-    head = f"{'T':>6} {'method':<20} {'s':>8} {'of plain':>9} {'quartiles':>14} {'peak MiB':>9}"
+    head = f"{'T':>6} {'method':<20} {'s':>8} {'of plain':>9} {'quartiles':>14} {'of best':>8}"
     lines = [head, "-" * len(head)]
     for row in results:
-        ratio, peak = row["throughput_ratio"], row["peak_mib"]
+        ratio, best = row["throughput_ratio"], row["best_ratio"]["median"]
         lines.append(
             f"{row['length']:>6} {row['method']:<20} {row['seconds']['median']:>8.2f} "
             f"{ratio['median']:>9.3f} {ratio['q1']:>6.3f} … {ratio['q3']:.3f} "
-            f"{'' if peak is None else f'{peak:.0f}':>9}"
+            f"{best:>8.3f}"
         )
     return "\n".join(lines)
 
 
 def plot(results: Sequence[Mapping[str, Any]], machine: Mapping[str, Any], path: Path) -> None:
-    """Draw throughput relative to plain training, and peak memory, by length."""
+    """Draw throughput relative to plain training, by length."""
     from matplotlib.figure import Figure
 
     lengths = sorted({row["length"] for row in results})
     names = list(dict.fromkeys(row["method"] for row in results))
     cell = {(row["length"], row["method"]): row for row in results}
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    speed, memory = figure.subplots(1, 2)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     width = 0.8 / len(names)
     for number, name in enumerate(names):
         rows = [cell[length, name] for length in lengths]
@@ -40,13 +40,10 @@ def plot(results: Sequence[Mapping[str, Any]], machine: Mapping[str, Any], path:
             [r["median"] - r["q1"] for r in ratios],
             [r["q3"] - r["median"] for r in ratios],
         ]
-        speed.bar(at, middle, width, yerr=spread, label=name, capsize=2)
-        memory.bar(at, [row["peak_mib"] or 0.0 for row in rows], width)
-    speed.axhline(1.0, color="black", linewidth=0.8)
-    speed.set_ylabel("throughput / plain training\n(same micro-batch; median, quartiles)")
-    memory.set_ylabel("peak memory above the weights, MiB")
-    for axes in (speed, memory):
-        axes.set_xticks(range(len(lengths)), [f"T = {length}" for length in lengths])
+        axes.bar(at, middle, width, yerr=spread, label=name, capsize=2)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_ylabel("throughput / plain training\n(same micro-batch; median, quartiles)")
+    axes.set_xticks(range(len(lengths)), [f"T = {length}" for length in lengths])
     figure.legend(loc="outside lower center", ncols=min(4, len(names)))
     figure.suptitle(f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
     path.parent.mkdir(parents=True, exist_ok=True)

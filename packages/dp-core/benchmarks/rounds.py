@@ -7,11 +7,11 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from contestants import METHODS, Method, Shape
@@ -59,17 +59,6 @@ def throughput_ratio(method: Sequence[float], baseline: Sequence[float]) -> dict
     return quartiles([b / m for m, b in zip(method, baseline, strict=True)])
 
 
-def peak_memory(shape: Shape, name: str) -> Mapping[str, float]:
-    """Return peak and gradient size in MiB, measured in a process of its own."""
-    command = [
-        *(sys.executable, str(Path(__file__).with_name("peak_memory.py"))),
-        *("--method", name, "--threads", str(torch.get_num_threads())),
-        *("--shape", json.dumps(dataclasses.asdict(shape))),
-    ]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.splitlines()[-1])
-
-
 def check_agreement(shape: Shape, names: Sequence[str]) -> None:
     """Make sure that all private methods compute the same clipped mean when no noise is added.
 
@@ -107,3 +96,24 @@ def machine() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def document(
+    name: str, results: Sequence[Mapping[str, Any]], changes: Mapping[str, int]
+) -> dict[str, Any]:
+    """Return a result file: what was measured, when, on which machine, of which model."""
+    model = dataclasses.asdict(Shape(length=max(row["length"] for row in results), **changes))
+    return {
+        "benchmark": name,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "model": {k: v for k, v in model.items() if k not in ("length", "records")},
+        "results": list(results),
+    }
+
+
+def write(result: Mapping[str, Any], path: Path | None) -> None:
+    """Write a result file, if a path is given."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")
