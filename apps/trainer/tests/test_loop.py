@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -278,3 +279,12 @@ def test_every_way_to_compute_trains(tmp_path: Path, recipe_in: Callable, settin
         assert ledger.releases == 2
     weights = load_file(folder / "model" / "model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+def test_one_process_needs_no_parallel_package_and_several_say_what_to_install(
+    tmp_path: Path, recipe_in: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "veilspan.parallel", None)
+    assert (train(recipe_in(tmp_path, privacy__steps=2)) / "report.html").exists()
+    with pytest.raises(TrainerError, match=r"veilspan-trainer\[parallel\]"):
+        train(recipe_in(tmp_path, parallel__context=2, run__folder=str(tmp_path / "other")))
