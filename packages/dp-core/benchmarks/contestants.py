@@ -7,6 +7,7 @@ records in its micro-batches.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
@@ -145,16 +146,19 @@ class OpacusGhost:
     """Opacus ghost clipping, accumulating over micro-batches as its BatchMemoryManager does."""
 
     def __init__(self, shape: Shape, noise_multiplier: float, *, size: int) -> None:
-        from opacus.grad_sample import GradSampleModuleFastGradientClipping
-        from opacus.optimizers import DPOptimizerFastGradientClipping
-
+        # A rival, installed for benchmarks alone: imported by name, so that types need no Opacus.
+        grad_sample = importlib.import_module("opacus.grad_sample")
+        optimizers = importlib.import_module("opacus.optimizers")
+        self._tensor = importlib.import_module(
+            "opacus.utils.fast_gradient_clipping_utils"
+        ).DPTensorFastGradientClipping
         warnings.filterwarnings("ignore", "Full backward hook is firing")  # its own hooks
         self.model = shape.model()
         self._size = size
-        self._wrapped = GradSampleModuleFastGradientClipping(
+        self._wrapped = grad_sample.GradSampleModuleFastGradientClipping(
             self.model, strict=False, max_grad_norm=CLIP_NORM
         )
-        self._optimizer = DPOptimizerFastGradientClipping(
+        self._optimizer = optimizers.DPOptimizerFastGradientClipping(
             _adamw(self.model),
             noise_multiplier=noise_multiplier,
             max_grad_norm=CLIP_NORM,
@@ -162,12 +166,10 @@ class OpacusGhost:
         )
 
     def gradient(self, tokens: Tensor) -> None:
-        from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
-
         parts = tokens.split(self._size)
         for number, part in enumerate(parts):
             losses_B = _losses(self._wrapped, part)
-            DPTensorFastGradientClipping(self._wrapped, self._optimizer, losses_B).backward()
+            self._tensor(self._wrapped, self._optimizer, losses_B).backward()
             self._optimizer.signal_skip_step(number < len(parts) - 1)
             if number < len(parts) - 1:
                 self._optimizer.step()  # adds to the sum; skips the update
