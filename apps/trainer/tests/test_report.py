@@ -15,9 +15,10 @@ import pytest
 
 from veilspan.accounting import Ledger, LedgerError, PrivacyPlan
 from veilspan.accounting.bounds import round_up
+from veilspan.trainer.odds import detection_bounds
 from veilspan.trainer.plots import draw_plots
 from veilspan.trainer.prose import Block, parse
-from veilspan.trainer.report import _detection_bounds, epsilon_curve, write_report, write_statement
+from veilspan.trainer.report import epsilon_curve, write_report, write_statement
 from veilspan.trainer.run_folder import RunFolder, RunFolderError, RunInfo, open_run, recipe_digest
 
 PLAN = PrivacyPlan.calibrate(
@@ -166,10 +167,8 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("epsilon", "delta"), [(0.0, 0.0), (1.0, 1e-5), (8.0, 1e-5), (800.0, 0.0)])
-def test_detection_bounds_are_those_of_the_two_point_mechanism(
-    epsilon: float, delta: float
-) -> None:
-    for rate, (_, found) in zip((1e-2, 1e-3, 1e-4), _detection_bounds(epsilon, delta), strict=True):
+def testdetection_bounds_are_those_of_the_two_point_mechanism(epsilon: float, delta: float) -> None:
+    for rate, (_, found) in zip((1e-2, 1e-3, 1e-4), detection_bounds(epsilon, delta), strict=True):
         stated = float(found.removesuffix(" %")) / 100
         # The best test against (ε, δ): both error rates at once satisfy these two lines.
         allowed = min(

@@ -16,13 +16,13 @@ from veilspan.accounting import EpsilonBounds, LedgerEntry, PrivacyPlan
 from veilspan.accounting.bounds import round_up
 from veilspan.trainer.files import write_whole
 from veilspan.trainer.metrics import PUBLIC_METRICS, read_metrics
+from veilspan.trainer.odds import detection_bounds, odds_factor
 from veilspan.trainer.plots import Point, draw_plots, series
 from veilspan.trainer.prose import Block, parse
 from veilspan.trainer.recipe import Recipe
 from veilspan.trainer.run_folder import RunFolder, RunInfo, ledger_head
 
 _CURVE_POINTS = 16
-_FALSE_ALARMS = (1e-2, 1e-3, 1e-4)
 _STREAMS = {"aes-ctr": "AES-256 in counter mode (cryptographic)", "philox": "Philox (fast)"}
 
 
@@ -135,7 +135,7 @@ def write_report(root: Path) -> Path:
             account=account,
             verdict=_verdict(account),
             plain=_plain_words(account),
-            odds=_detection_bounds(account.spent.upper, account.spent.delta),
+            odds=detection_bounds(account.spent.upper, account.spent.delta),
             trained=_trained_rows(recipe, info, rows),
             mechanism=_mechanism_rows(account, recipe, info),
             ledger=_ledger_rows(account),
@@ -183,36 +183,12 @@ def _plain_words(account: Account) -> list[str]:
     return [
         f"Take any one {unit}. Train the model twice, once with it and once without it. Whatever "
         f"is published of the two runs, anything anybody may conclude from it is at most "
-        f"e^ε = {_factor(spent.upper)} times as likely in one case as in the other, except with "
+        f"e^ε = {odds_factor(spent.upper)} times as likely in one case as in the other, except with "
         f"probability δ = {spent.delta:.2g}.",
         "ε is a worst-case bound: it holds against somebody who knows every other "
         f"{unit}, sees every step of the training, and has unlimited computing power. Smaller is "
         "more private; 0 would mean that nothing can be learned about anybody at all.",
     ]
-
-
-def _detection_bounds(epsilon: float, delta: float) -> list[tuple[str, str]]:
-    """Return (false alarms, most detections) for the best possible membership test.
-
-    Source: Kairouz, Oh, Viswanath (2015), https://arxiv.org/abs/1311.0776.
-    """
-    rows = []
-    for rate in _FALSE_ALARMS:
-        by_odds = math.exp(min(epsilon, 700.0)) * rate + delta
-        by_misses = 1 - math.exp(-epsilon) * (1 - rate - delta)
-        rows.append((f"1 in {round(1 / rate):,}", _percent(min(by_odds, by_misses, 1.0))))
-    return rows
-
-
-def _factor(epsilon: float) -> str:
-    """Write e^ε with about three digits, rounded up."""
-    factor = math.exp(min(epsilon, 700.0))
-    return f"{math.ceil(factor):,}" if factor >= 100 else f"{math.ceil(factor * 100) / 100:.2f}"
-
-
-def _percent(share: float) -> str:
-    """Write a share as a percentage, rounded up."""
-    return f"{math.ceil(share * 1e4) / 1e2:.2f} %"
 
 
 def _trained_rows(
