@@ -183,8 +183,8 @@ def _plain_words(account: Account) -> list[str]:
     return [
         f"Take any one {unit}. Train the model twice, once with it and once without it. Whatever "
         f"is published of the two runs, anything anybody may conclude from it is at most "
-        f"e^ε = {odds_factor(spent.upper)} times as likely in one case as in the other, except with "
-        f"probability δ = {spent.delta:.2g}.",
+        f"e^ε = {odds_factor(spent.upper)} times as likely in one case as in the other, except "
+        f"with probability δ = {spent.delta:.2g}.",
         "ε is a worst-case bound: it holds against somebody who knows every other "
         f"{unit}, sees every step of the training, and has unlimited computing power. Smaller is "
         "more private; 0 would mean that nothing can be learned about anybody at all.",
