@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -109,11 +110,11 @@ def genuine_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     def keep(dtype: object, value: Tensor) -> bool:
         return dtype is torch.float32 and value.dtype is torch.float64
 
-    def wide_to(self: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def wide_to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         asked = (*args, kwargs.get("dtype"))
         return self if any(keep(a, self) for a in asked) else to(self, *args, **kwargs)
 
-    def wide_softmax(input: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def wide_softmax(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if keep(kwargs.get("dtype"), input):
             kwargs["dtype"] = torch.float64
         return softmax(input, *args, **kwargs)

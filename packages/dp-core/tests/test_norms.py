@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from veilspan.core import Automatic, Clip, Flat
 from veilspan.core.cost import Choice, DeviceRates, cheaper_norm, choose_backward
@@ -24,7 +25,7 @@ def test_kernel_is_exact_whatever_the_size_of_its_blocks(block_elements, dtype):
 def test_norm_buffers_stay_within_the_budget():
     largest = 0
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
