@@ -113,10 +113,13 @@ class ScriptedWords:
                     row[digit] = 0
         self.words = self.rows.reshape(-1, 2)
 
-    def fill(self, buffer, subkey, first_block):
-        buffer[:] = -1
-        part = self.words[first_block : first_block + len(buffer) - 1]
-        buffer[: len(part)] = part
+    def stream(self, subkey):
+        return self
+
+    def fill(self, blocks_N2, first_block):
+        blocks_N2[:] = -1
+        part = self.words[first_block : first_block + len(blocks_N2) - 1]
+        blocks_N2[: len(part)] = part
 
 
 def test_gaps_place_the_records_they_should(monkeypatch):
@@ -173,14 +176,18 @@ def test_values_are_pinned():
 
 
 class CountingWords:
+    name = "counting"
+
     def __init__(self):
         self.blocks = 0
 
-    name = "counting"
+    def stream(self, subkey):
+        self.inner = AesCtr().stream(subkey)
+        return self
 
-    def fill(self, buffer, subkey, first_block):
-        self.blocks += len(buffer) - 1
-        AesCtr().fill(buffer, subkey, first_block)
+    def fill(self, blocks_N2, first_block):
+        self.blocks += len(blocks_N2) - 1
+        self.inner.fill(blocks_N2, first_block)
 
 
 @pytest.mark.parametrize("num_records", [10**3, 10**6, 10**9, 10**12])

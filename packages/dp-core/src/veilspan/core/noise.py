@@ -1,8 +1,8 @@
 """Gaussian noise that is the same for every sharding of a tensor.
 
-Elements 2j and 2j+1 of a tensor are one Box–Muller pair, made of block j of the tensor's own stream
-of words. A rank therefore draws exactly the elements that it holds, ranks that hold the same
-elements draw the same noise, and nothing depends on the order of the calls.
+A tensor has a stream of words of its own, and each chunk of the tensor takes its part of the
+stream. A rank therefore draws exactly the elements that it holds, ranks that hold the same elements
+draw the same noise, and nothing depends on the order of the calls.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from veilspan.core.streams import (
     AesCtr,
     Philox4x64,
     WordSource,
+    WordStream,
     check_count,
     check_key,
     derive,
@@ -108,19 +109,18 @@ class GaussianNoise:
         if stddev == 0 or tensor.numel() == 0:
             return
         subkey = derive(self._key, f"noise/{self._words.name}", step, name)
+
+        def desk() -> _Desk:
+            return _Desk(self._words.stream(subkey), stddev)
+
         flat = tensor.reshape(-1)
         last = offset + flat.numel()
         chunks = range(offset // _CHUNK, math.ceil(last / _CHUNK))
-
-        def draw(chunk: int, buffers: Buffers) -> Tensor:
-            self._words.fill(buffers.words, subkey, chunk * _PAIRS)
-            return torch.from_numpy(gaussian_pairs(buffers, stddev).reshape(-1))
-
-        for chunk, noise in _in_order(draw, chunks, torch.get_num_threads()):
+        for chunk, noise in _in_order(chunks, desk, torch.get_num_threads()):
             origin = chunk * _CHUNK
             begin, end = max(offset, origin), min(last, origin + _CHUNK)
-            part = noise[begin - origin : end - origin].to(flat.device)
-            flat[begin - offset : end - offset].add_(part)
+            part = torch.from_numpy(noise[begin - origin : end - origin])
+            flat[begin - offset : end - offset].add_(part.to(flat.device))
         if not tensor.is_contiguous():
             tensor.copy_(flat.view(tensor.shape))
 
@@ -164,9 +164,10 @@ class Buffers:
     """
 
     def __init__(self, pairs: int) -> None:
-        self.words = np.empty((pairs + 1, 2), np.int64)  # the last row is scratch space
+        self.blocks = np.empty((pairs + 1, 2), np.int64)  # the last row is scratch space
+        self.words = self.blocks.reshape(-1)[: 2 * pairs].reshape(2, pairs)
         self.bits = np.empty(pairs, np.int64)
-        self.radius, self.angle, self.square = np.empty((3, pairs))
+        self.radius, self.angle, self.square, self.cosine = np.empty((4, pairs))
         self.points, self.normals = np.empty((2, pairs), np.complex128)
 
 
@@ -174,12 +175,12 @@ def gaussian_pairs(buffers: Buffers, stddev: float) -> NDArray[np.float64]:
     """Turn uniform words into normals of standard deviation `stddev`.
 
     Args:
-        buffers: Holds uniform int64 `words`, `[N + 1, 2]`, of which the last row is not used.
+        buffers: Holds uniform int64 `words`, `[2, N]`.
         stddev: Standard deviation, at least 0.
 
     Returns:
         Independent normals, `[N, 2]`, fp64, a view of the buffers: stddev·√(-2 ln u)·(cos θ, sin θ)
-        with u from the first word of a row and θ from the second.
+        with u from the first row of words and θ from the second.
     """
     _radii(buffers)
     _turn(buffers, stddev)
@@ -189,7 +190,7 @@ def gaussian_pairs(buffers: Buffers, stddev: float) -> NDArray[np.float64]:
 def _radii(buffers: Buffers) -> None:
     """Write √(-2 ln u); u in [2⁻⁶⁵, 1] has full relative precision where it is small."""
     radius = buffers.radius
-    radius[:] = buffers.words[:-1, 0].view(np.uint64)
+    radius[:] = buffers.words[0].view(np.uint64)
     radius *= 2.0**-64
     radius += 2.0**-65  # the middle of the word's interval
     np.log(radius, out=radius)
@@ -200,23 +201,22 @@ def _radii(buffers: Buffers) -> None:
 def _turn(buffers: Buffers, stddev: float) -> None:
     """Write stddev·radius·(cos θ + i sin θ), θ uniform on the circle.
 
-    The upper bits of a second word choose the middle of an arc from a table; its lower 50 bits turn
-    that point within the arc, by at most 2e-4, for which two terms of each series give cos and sin
-    with an error below 1e-16.
+    The upper bits of a word choose the middle of an arc from a table; its lower 50 bits turn that
+    point within the arc, by at most 2e-4, for which two terms of each series give cos and sin with
+    an error below 1e-16.
     """
-    word, angle, square = buffers.words[:-1, 1], buffers.angle, buffers.square
-    cosine, sine = buffers.normals.real, buffers.normals.imag
+    word, angle, square, cosine = buffers.words[1], buffers.angle, buffers.square, buffers.cosine
     np.left_shift(word, _TABLE_BITS, out=buffers.bits)  # the lower bits, as a signed number
     angle[:] = buffers.bits
     angle *= 2.0 * math.pi * 2.0 ** (-64 - _TABLE_BITS)
     np.multiply(angle, angle, out=square)
     np.multiply(square, -stddev / 2.0, out=cosine)
     cosine += stddev
-    cosine *= buffers.radius
+    np.multiply(cosine, buffers.radius, out=buffers.normals.real)
     square *= -stddev / 6.0
     square += stddev
-    angle *= buffers.radius
-    np.multiply(square, angle, out=sine)
+    square *= angle
+    np.multiply(square, buffers.radius, out=buffers.normals.imag)
     np.right_shift(word, 64 - _TABLE_BITS, out=buffers.bits)
     buffers.normals *= _unit_circle().take(buffers.bits, mode="wrap", out=buffers.points)
 
@@ -227,22 +227,35 @@ def _unit_circle() -> NDArray[np.complex128]:
     return np.exp(2j * math.pi * (np.arange(arcs) + 0.5) / arcs)
 
 
+@final
+class _Desk:
+    """Where one thread draws one chunk at a time."""
+
+    def __init__(self, stream: WordStream, stddev: float) -> None:
+        self._stream, self._stddev, self._buffers = stream, stddev, Buffers(_PAIRS)
+
+    def draw(self, chunk: int) -> NDArray[np.float64]:
+        """Return the noise of a chunk, `[_CHUNK]`, which lasts until the next call."""
+        self._stream.fill(self._buffers.blocks, chunk * _PAIRS)
+        return gaussian_pairs(self._buffers, self._stddev).reshape(-1)
+
+
 def _in_order(
-    draw: Callable[[int, Buffers], Tensor], chunks: range, threads: int
-) -> Iterator[tuple[int, Tensor]]:
+    chunks: range, desk: Callable[[], _Desk], threads: int
+) -> Iterator[tuple[int, NDArray[np.float64]]]:
     """Yield each chunk with its noise, in order; the noise lasts until the next is asked for."""
     if threads == 1 or len(chunks) < _CHUNKS_WORTH_THREADS:
-        buffers = Buffers(_PAIRS)
-        yield from ((chunk, draw(chunk, buffers)) for chunk in chunks)
+        only = desk()
+        yield from ((chunk, only.draw(chunk)) for chunk in chunks)
         return
-    spare = [Buffers(_PAIRS) for _ in range(2 * threads)]
-    ahead: deque[tuple[int, Future[Tensor]]] = deque()
+    desks = [desk() for _ in range(2 * threads)]
+    ahead: deque[tuple[int, Future[NDArray[np.float64]]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for number, chunk in enumerate(chunks):
-            if len(ahead) == len(spare):  # the oldest chunk lies where this one will
+            if len(ahead) == len(desks):  # the oldest noise lies where this one will
                 oldest, future = ahead.popleft()
                 yield oldest, future.result()
-            ahead.append((chunk, pool.submit(draw, chunk, spare[number % len(spare)])))
+            ahead.append((chunk, pool.submit(desks[number % len(desks)].draw, chunk)))
         for chunk, future in ahead:
             yield chunk, future.result()
 

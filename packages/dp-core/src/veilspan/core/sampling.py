@@ -12,7 +12,7 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-from veilspan.core.streams import AesCtr, WordSource, check_count, check_key, derive, words
+from veilspan.core.streams import AesCtr, WordSource, check_count, check_key, derive, read_words
 
 _MOST_RECORDS = 2**40
 _GAPS_AT_A_TIME = 2**16
@@ -156,13 +156,13 @@ class _GapSampler:
         step = check_count("step", step, least=0)
         if not len(self._thresholds):
             return Draw(step=step, records=np.arange(self._num_records, dtype=np.int64))
-        subkey = derive(self._key, "poisson sampling", step)
+        stream = self._source.stream(derive(self._key, "poisson sampling", step))
         blocks_per_gap = (len(self._thresholds) + 1) // 2
         parts: list[NDArray[np.int64]] = []
         next_record = next_block = 0
         while next_record < self._num_records:
             gaps = self._gaps_wanted(self._num_records - next_record)
-            blocks = words(self._source, subkey, next_block, gaps * blocks_per_gap)
+            blocks = read_words(stream, next_block, gaps * blocks_per_gap)
             next_block += len(blocks)
             records = next_record + np.cumsum(self._gaps(blocks.reshape(gaps, -1)) + 1) - 1
             next_record = int(records[-1]) + 1

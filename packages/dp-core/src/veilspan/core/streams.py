@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import operator
 import os
+from dataclasses import dataclass
 from typing import Protocol, final
 
 import numpy as np
@@ -95,19 +96,24 @@ def derive(key: bytes, purpose: str, step: int, name: str = "") -> bytes:
     return hashlib.blake2b(message, digest_size=KEY_BYTES, key=key, person=_PERSONAL).digest()
 
 
+class WordStream(Protocol):
+    """The words of one subkey, from any block on; for one thread at a time."""
+
+    def fill(self, blocks_N2: NDArray[np.int64], first_block: int) -> None:
+        """Write blocks `first_block …` to all rows but the last, which is scratch space."""
+        ...
+
+
 class WordSource(Protocol):
-    """A generator of uniform 64-bit words that can start at any block."""
+    """A generator of uniform 64-bit words."""
 
     @property
     def name(self) -> str:
         """Name for privacy statements."""
         ...
 
-    def fill(self, buffer: NDArray[np.int64], subkey: bytes, first_block: int) -> None:
-        """Write blocks `first_block …` of the stream of `subkey` (32 bytes) to `buffer`, `[N, 2]`.
-
-        The last row of `buffer` is scratch space: N - 1 blocks are valid.
-        """
+    def stream(self, subkey: bytes) -> WordStream:
+        """Return the words of `subkey`, 32 bytes."""
         ...
 
 
@@ -120,17 +126,26 @@ class AesCtr:
 
     name = "aes-256-ctr"
 
-    def fill(self, buffer: NDArray[np.int64], subkey: bytes, first_block: int) -> None:
-        """Write blocks `first_block …` to all rows of `buffer` but the last."""
-        counter = modes.CTR(first_block.to_bytes(BLOCK_BYTES, "big"))
-        encryptor = Cipher(algorithms.AES(subkey), counter).encryptor()
-        target = buffer.data.cast("B")
+    def stream(self, subkey: bytes) -> WordStream:
+        """Return the key stream of `subkey`, 32 bytes."""
+        return _AesStream(subkey)
+
+
+_ZEROS = bytes(2**16)  # the plain text whose encryption is the key stream, one piece at a time
+
+
+@final
+class _AesStream:
+    def __init__(self, subkey: bytes) -> None:
+        counter = modes.CTR(bytes(BLOCK_BYTES))
+        self._encryptor = Cipher(algorithms.AES(subkey), counter).encryptor()
+
+    def fill(self, blocks_N2: NDArray[np.int64], first_block: int) -> None:
+        self._encryptor.reset_nonce(first_block.to_bytes(BLOCK_BYTES, "big"))
+        target = blocks_N2.data.cast("B")
         size = len(target) - BLOCK_BYTES  # update_into asks for room for almost one block more
         for start in range(0, size, len(_ZEROS)):
-            encryptor.update_into(memoryview(_ZEROS)[: size - start], target[start:])
-
-
-_ZEROS = bytes(2**16)  # the plain text whose encryption is the stream, one piece at a time
+            self._encryptor.update_into(memoryview(_ZEROS)[: size - start], target[start:])
 
 
 @final
@@ -142,17 +157,26 @@ class Philox4x64:
 
     name = "philox-4x64-10"
 
-    def fill(self, buffer: NDArray[np.int64], subkey: bytes, first_block: int) -> None:
-        """Write blocks `first_block …` of `subkey[:16]` to all rows of `buffer` but the last."""
+    def stream(self, subkey: bytes) -> WordStream:
+        """Return the words of `subkey`, of which Philox takes the first 16 bytes."""
+        return _PhiloxStream(int.from_bytes(subkey[:16], "little"))
+
+
+@final
+@dataclass(frozen=True)
+class _PhiloxStream:
+    key: int
+
+    def fill(self, blocks_N2: NDArray[np.int64], first_block: int) -> None:
         counter, second_half = divmod(first_block, 2)  # four words per counter
-        generator = np.random.Philox(key=int.from_bytes(subkey[:16], "little"), counter=counter)
+        generator = np.random.Philox(key=self.key, counter=counter)
         generator.random_raw(2 * second_half, output=False)
-        blocks = len(buffer) - 1
-        buffer[:blocks] = generator.random_raw(2 * blocks).view(np.int64).reshape(blocks, 2)
+        count = len(blocks_N2) - 1
+        blocks_N2[:count] = generator.random_raw(2 * count).view(np.int64).reshape(count, 2)
 
 
-def words(source: WordSource, subkey: bytes, first_block: int, blocks: int) -> NDArray[np.int64]:
-    """Return blocks `first_block …` of a stream as a new array, `[blocks, 2]`."""
-    buffer = np.empty((blocks + 1, 2), np.int64)
-    source.fill(buffer, subkey, first_block)
-    return buffer[:blocks]
+def read_words(stream: WordStream, first_block: int, count: int) -> NDArray[np.int64]:
+    """Return blocks `first_block …` as a new array, `[count, 2]`."""
+    blocks_N2 = np.empty((count + 1, 2), np.int64)
+    stream.fill(blocks_N2, first_block)
+    return blocks_N2[:count]
