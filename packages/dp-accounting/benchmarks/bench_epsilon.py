@@ -8,6 +8,7 @@ library, so that neither imports nor caches count.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -52,9 +53,7 @@ def prv_accountant(q: float, sigma: float, steps: int, delta: float) -> float:
 
 
 def opacus(q: float, sigma: float, steps: int, delta: float) -> float:
-    from opacus.accountants import PRVAccountant
-
-    accountant = PRVAccountant()
+    accountant = importlib.import_module("opacus.accountants").PRVAccountant()
     accountant.history = [(sigma, q, steps)]
     return accountant.get_epsilon(delta)
 
@@ -66,9 +65,8 @@ def our_noise(target: float, delta: float, q: float, steps: int) -> float:
 
 
 def opacus_noise(target: float, delta: float, q: float, steps: int) -> float:
-    from opacus.accountants.utils import get_noise_multiplier
-
-    return get_noise_multiplier(
+    utils = importlib.import_module("opacus.accountants.utils")
+    return utils.get_noise_multiplier(
         target_epsilon=target, target_delta=delta, sample_rate=q, steps=steps, accountant="prv"
     )
 

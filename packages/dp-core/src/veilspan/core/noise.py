@@ -115,7 +115,7 @@ class GaussianNoise:
 
         flat = tensor.reshape(-1)
         last = offset + flat.numel()
-        chunks = range(offset // _CHUNK, math.ceil(last / _CHUNK))
+        chunks = range(offset // _CHUNK, (last - 1) // _CHUNK + 1)
         for chunk, noise in _in_order(chunks, desk, torch.get_num_threads()):
             origin = chunk * _CHUNK
             begin, end = max(offset, origin), min(last, origin + _CHUNK)
