@@ -3,7 +3,8 @@
 `nox -s tests` and `nox -s demo` need nothing but Python 3.11 or newer. Sessions share three
 environments below `.nox/`, because installing torch is the slow part:
 
-* `workbench`: all packages, editable, with the test tools (`tests`, `bench`);
+* `workbench`: all packages, editable, with the test tools and what benchmarks compare with
+  (`tests`, `bench`);
 * `tools`: linters and the documentation builder, without torch (`lint`, `imports`, `docs`,
   `typecheck`, which reads the libraries out of `workbench`);
 * `demo`: the trainer as a user installs it.
@@ -44,7 +45,8 @@ PIP_INSTALL = ["-m", "pip", "install", "-q", "--no-compile", "-c", CONSTRAINTS]
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # One thread per worker: two workers with two threads each are slower than two with one.
 TEST_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-WORKERS = str(min(4, os.cpu_count() or 1))
+# Tests of one file share trained models and started processes, so a file stays on one worker.
+PARALLEL_TESTS = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
 IS_ALONE = """
 import importlib, importlib.util, sys
 assert "site-packages" in importlib.import_module(sys.argv[1]).__file__
@@ -75,7 +77,7 @@ def tests(session: nox.Session, name: str) -> None:
         paths = ["tests"]
     else:
         paths = [f"{PACKAGES[name]}/tests", f"{PACKAGES[name]}/src", "--doctest-modules"]
-    run(session, python, "-m", "pytest", "-n", WORKERS, *paths, *session.posargs, env=TEST_ENV)
+    run(session, python, "-m", "pytest", *PARALLEL_TESTS, *paths, *session.posargs, env=TEST_ENV)
 
 
 @shared
@@ -139,7 +141,7 @@ def wheel(session: nox.Session, name: str) -> None:
         models = ["test-models"] if name != "accounting" else []
         session.install("-q", "-c", CONSTRAINTS, *requirements("test", *models))
         config = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(folder)]
-        session.run("pytest", "-n", WORKERS, *config, "tests", *session.posargs, env=TEST_ENV)
+        session.run("pytest", *PARALLEL_TESTS, *config, "tests", *session.posargs, env=TEST_ENV)
 
 
 @shared
@@ -150,7 +152,6 @@ def bench(session: nox.Session, name: str) -> None:
     if not scripts:
         session.skip(f"{name} has no benchmarks")
     python = workbench(session)
-    run(session, python, *PIP_INSTALL, *requirements("bench"))
     for script in scripts:
         result = f"benchmarks/results/{name}_{script.stem.removeprefix('bench_')}.json"
         run(session, python, str(script), "--output", result, *session.posargs)
@@ -165,7 +166,8 @@ def demo(session: nox.Session) -> None:
 
 def workbench(session: nox.Session) -> str:
     """Return the Python that holds all packages and the test tools."""
-    return environment(session, "workbench", [*EDITABLE, *requirements("test", "test-models")])
+    extras = requirements("test", "test-models", "bench")
+    return environment(session, "workbench", [*EDITABLE, *extras])
 
 
 def tools(session: nox.Session) -> str:
