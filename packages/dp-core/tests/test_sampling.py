@@ -49,11 +49,11 @@ def test_each_record_is_drawn_with_the_stated_probability(probability):
 @pytest.mark.parametrize("probability", PROBABILITIES)
 def test_pitfall_03_each_pair_of_records_is_drawn_together_as_if_independent(probability):
     table = membership(RECORDS, probability, STEPS)
-    joint = np.einsum("si,sj->ij", table, table)[np.triu_indices(RECORDS, k=1)]
+    joint = (table.T @ table)[np.triu_indices(RECORDS, k=1)]
     p = probability**2
     score = (joint - STEPS * p) / (STEPS * p * (1 - p)) ** 0.5
     assert np.abs(score).max() < 4.5
-    correlations = np.corrcoef(table.T)[np.triu_indices(RECORDS, k=1)]
+    correlations = np.atleast_2d(np.corrcoef(table.T))[np.triu_indices(RECORDS, k=1)]
     assert abs((correlations**2).mean() * STEPS - 1) < 4.5 * (2 / len(joint)) ** 0.5
 
 
