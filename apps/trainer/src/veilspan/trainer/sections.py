@@ -159,7 +159,7 @@ class Privacy(Section):
     )
     noise: Literal["aes", "philox"] = Field(
         default="aes",
-        description="aes: cryptographically strong noise. philox: faster, weaker; the privacy "
+        description="aes: cryptographically strong noise. philox: not cryptographic; the privacy "
         "statement says so.",
     )
     key_file: Path | None = Field(
