@@ -60,8 +60,8 @@ def test_sum_of_squares_in_fp32_keeps_six_digits(elements):
 )
 @settings(deadline=None)
 def test_factor_times_norm_never_exceeds_the_clip_norm(norm, clip_norm, slack, rule):
-    flat = Flat(clip_norm=clip_norm, rule=rule)
-    factor = flat.factors(torch.tensor([norm], dtype=torch.float64).square(), slack=slack)
+    groups = Flat(clip_norm=clip_norm, rule=rule).resolve({"w": 1})
+    factor = groups.factors(0, torch.tensor([norm], dtype=torch.float64).square(), slack=slack)
     assert 0 <= float(factor) * norm * (1 - slack) <= clip_norm * (1 + 1e-12)
     assert float(factor) * norm <= clip_norm * (1 - slack) * (1 + 1e-12) or norm < 1e-100
 
@@ -69,7 +69,8 @@ def test_factor_times_norm_never_exceeds_the_clip_norm(norm, clip_norm, slack, r
 @pytest.mark.parametrize("norm", [float("nan"), float("inf")])
 def test_a_norm_that_is_not_finite_has_factor_zero(norm):
     for clip_norm in (1.0, float("inf")):
-        factor = Flat(clip_norm=clip_norm).factors(torch.tensor([norm]), slack=0.0)
+        groups = Flat(clip_norm=clip_norm).resolve({"w": 1})
+        factor = groups.factors(0, torch.tensor([norm]), slack=0.0)
         assert float(factor) == 0.0
 
 

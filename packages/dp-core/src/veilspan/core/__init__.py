@@ -1,19 +1,27 @@
 """Per-sample clipping for differentially private training: norms, clipped sums, noise, the step."""
 
-from veilspan.core.clipping import Automatic, Clip, Flat
+from veilspan.core.adaptive import PrivateQuantile
+from veilspan.core.clipping import Automatic, Clip
 from veilspan.core.errors import PrivacyError, UnsupportedModelError
+from veilspan.core.groups import ByPattern, Flat, PerBlock, PerLayer, PerParameter
 from veilspan.core.noise import GaussianNoise, PhiloxNoise, new_key
+from veilspan.core.release import Release
 from veilspan.core.sampling import Draw, poisson_batches
-from veilspan.core.step import PrivateStep, Release
+from veilspan.core.step import PrivateStep
 
 __all__ = [
     "Automatic",
+    "ByPattern",
     "Clip",
     "Draw",
     "Flat",
     "GaussianNoise",
+    "PerBlock",
+    "PerLayer",
+    "PerParameter",
     "PhiloxNoise",
     "PrivacyError",
+    "PrivateQuantile",
     "PrivateStep",
     "Release",
     "UnsupportedModelError",

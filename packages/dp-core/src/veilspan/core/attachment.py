@@ -20,7 +20,6 @@ class Attachment:
         model: The model; names, state dict and classes stay as they are.
         owned: Trainable parameters by name.
         modules: Modules to tap, each with a rule; empty when the strategy needs no taps.
-        norm_method: Norm method of a linear map, from (tokens, inputs, outputs).
         tapped: Name of the tapped strategy of a micro-batch of (records, tokens), or None.
     """
 
@@ -30,17 +29,16 @@ class Attachment:
         owned: dict[str, nn.Parameter],
         modules: Sequence[OwnedModule],
         *,
-        norm_method: Callable[[int, int, int], str],
         tapped: Callable[[int, int], str | None],
     ) -> None:
         self.model = model
         self.owned = owned
         self.micro_batch: MicroBatch | None = None
-        self._norm_method = norm_method
         self._tapped = tapped
         self._active = False
         self._decided = False  # the model's own input has told the size of this micro-batch
         self._inference = 0
+        self._names = {id(p): name for name, p in owned.items()}
         self.sites = [self._patch(module) for module in modules]
         self._handles = [
             model.register_forward_pre_hook(self._enter_model, with_kwargs=True),
@@ -53,7 +51,7 @@ class Attachment:
             name=owned.name,
             module=owned.module,
             rule=owned.rule,
-            parameters=owned.parameters,
+            owned={local: self._names[id(p)] for local, p in owned.parameters.items()},
             micro_batch=self._current,
             forward=owned.module.forward,
         )
@@ -111,12 +109,8 @@ class Attachment:
         if strategy is None:
             self.micro_batch = None
             return
-        self.micro_batch = MicroBatch(
-            size=size,
-            strategy=strategy,
-            owned={id(p): p for p in self.owned.values()},
-            norm_method=self._norm_method,
-        )
+        device = next(iter(self.owned.values())).device
+        self.micro_batch = MicroBatch(size=size, strategy=strategy, device=device)
 
     def require_owned_gradients_only(self) -> None:
         """Refuse gradients that reached a parameter around its taps.

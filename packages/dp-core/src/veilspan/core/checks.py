@@ -7,20 +7,23 @@ import math
 import torch
 from torch import Tensor
 
-from veilspan.core.clipping import Flat
 from veilspan.core.errors import PrivacyError
+from veilspan.core.groups import Clipping
 
 
 def check_numbers(
-    clipping: Flat, noise_multiplier: float, expected_batch_size: float, first_step: int
+    clipping: Clipping, noise_multiplier: float, expected_batch_size: float, first_step: int
 ) -> None:
     """Refuse numbers outside of their range.
 
     Raises:
         ValueError: Naming the argument, its value, what is allowed, and the way out.
     """
-    if not isinstance(clipping, Flat):
-        raise ValueError(f"clipping is {clipping!r}; pass Flat(clip_norm=...).")
+    if not isinstance(clipping, Clipping):
+        raise ValueError(
+            f"clipping is {clipping!r}; pass Flat(clip_norm=...), PerBlock, PerLayer, "
+            "PerParameter or ByPattern."
+        )
     if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
         raise ValueError(f"noise_multiplier is {noise_multiplier}; it must be finite and ≥ 0.")
     if noise_multiplier > 0 and math.isinf(clipping.clip_norm):

@@ -1,9 +1,9 @@
-"""Who shares a clipping threshold (groups) times how a norm becomes a factor (rules)."""
+"""How the norm of a gradient becomes the factor that clips it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -60,49 +60,3 @@ class Automatic:
     def factors(self, norm_B: Tensor, clip_norm: float) -> Tensor:
         """Return `clip_norm / (norm + gamma)`, and 0 for a zero gradient; `norm_B` is `[B]`."""
         return torch.where(norm_B > 0, clip_norm / (norm_B + self.gamma), 0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flat:
-    """One threshold for the whole gradient of a sample.
-
-    Args:
-        clip_norm: Threshold C on the L2 norm of one sample's gradient; positive. Infinity clips
-            nothing and is allowed only where the noise multiplier is 0.
-        rule: How a norm becomes a factor.
-
-    Raises:
-        ValueError: If `clip_norm` is not positive.
-
-    Guarantee:
-        Adding or removing one record changes the clipped sum by at most `sensitivity` in L2 norm.
-    """
-
-    clip_norm: float
-    rule: Rule = field(default_factory=Clip)
-
-    def __post_init__(self) -> None:
-        if not self.clip_norm > 0:
-            raise ValueError(f"clip_norm is {self.clip_norm}; it must be a positive number.")
-
-    @property
-    def sensitivity(self) -> float:
-        """L2 sensitivity of the clipped sum under adding or removing one record."""
-        return self.clip_norm
-
-    def factors(self, sq_norm_B: Tensor, *, slack: float) -> Tensor:
-        """Return the factor of each sample, `[B]` fp64, rounded toward smaller.
-
-        Args:
-            sq_norm_B: Squared norms, `[B]`, fp64.
-            slack: Relative bound on the error of the norm against the numbers that are summed.
-
-        Returns:
-            Factors with `factor · true norm ≤ clip_norm`; 0 for a norm that is not finite.
-        """
-        norm_B = sq_norm_B.to(torch.float64).sqrt()
-        if math.isinf(self.clip_norm):
-            factor_B = torch.ones_like(norm_B)
-        else:
-            factor_B = self.rule.factors(norm_B, self.clip_norm * (1.0 - slack))
-        return torch.where(norm_B.isfinite(), factor_B, 0.0)

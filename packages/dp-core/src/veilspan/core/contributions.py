@@ -1,8 +1,8 @@
 """What one use of a layer adds to the gradient of one parameter, sample by sample.
 
-Each kind answers three questions about the same saved tensors: the per-sample gradient itself, its
-squared norm without forming it, or its weighted sum over the samples. Shape letters: B samples, T
-tokens, I and O features, V rows of an embedding, D its width.
+Each kind answers the same questions about the same saved tensors: the gradient of all samples, of
+one sample, their squared norms without forming them, and their weighted sum. Shape letters: B
+samples, T tokens, I and O features, V rows of an embedding, D its width, R distinct rows.
 """
 
 from __future__ import annotations
@@ -16,9 +16,22 @@ from torch import Tensor
 
 from veilspan.core.norms import compute_dtype, rounding_guard, sq_norm, sq_norms
 from veilspan.core.protocols import NormKernel
+from veilspan.core.sums import ClippedSum
 
 NormChoice = Callable[[int, int, int], str]
 """Norm method, `direct` or `gram`, of a linear map with (tokens, inputs, outputs)."""
+
+
+class SampleGradient(Protocol):
+    """Gradient of one sample, formed: the norm is taken of the very numbers that are added."""
+
+    def sq_norm(self) -> Tensor:
+        """Return its squared norm, fp64 scalar."""
+        ...
+
+    def add_to(self, sums: ClippedSum, name: str, factor: float) -> None:
+        """Add `factor` times the gradient to the sum of parameter `name`."""
+        ...
 
 
 class Contribution(Protocol):
@@ -28,13 +41,48 @@ class Contribution(Protocol):
         """Return the gradient of each sample, `[B, *parameter]`."""
         ...
 
+    def sample(self, b: int) -> SampleGradient:
+        """Return the gradient of sample `b`, formed in fp32 or fp64."""
+        ...
+
     def sq_norms(self, choose: NormChoice) -> Tensor:
         """Return the squared norm of each sample's gradient, `[B]` fp64."""
         ...
 
-    def weighted(self, factor_B: Tensor) -> Tensor:
-        """Return Σ_b factor_b · gradient_b, `[*parameter]`, fp32 or fp64."""
+    def add_to(self, sums: ClippedSum, name: str, factor_B: Tensor) -> None:
+        """Add Σ_b factor_b · gradient_b to the sum of parameter `name`."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """Gradient of one sample as a whole tensor."""
+
+    gradient: Tensor
+
+    def sq_norm(self) -> Tensor:
+        """Return the squared norm, fp64 scalar."""
+        return sq_norm(self.gradient)
+
+    def add_to(self, sums: ClippedSum, name: str, factor: float) -> None:
+        """Add `factor` times the gradient."""
+        sums.add_(name, self.gradient, factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Gradient of one sample that is zero outside of some distinct rows."""
+
+    rows_R: Tensor
+    gradient_RD: Tensor
+
+    def sq_norm(self) -> Tensor:
+        """Return the squared norm, fp64 scalar."""
+        return sq_norm(self.gradient_RD)
+
+    def add_to(self, sums: ClippedSum, name: str, factor: float) -> None:
+        """Add `factor` times the rows."""
+        sums.add_rows_(name, self.rows_R, self.gradient_RD, factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +97,12 @@ class OuterProducts:
         """Return GᵀA per sample, `[B, O, I]`."""
         return self.kernel.per_sample_grad(self.act_BTI, self.grad_BTO)
 
+    def sample(self, b: int) -> Dense:
+        """Return GᵀA of one sample, accumulated in fp32 or fp64."""
+        one = torch.ones(1, dtype=torch.float64, device=self.grad_BTO.device)
+        act, grad = self.act_BTI[b : b + 1], self.grad_BTO[b : b + 1]
+        return Dense(gradient=self.kernel.weighted_grad(act, grad, one))
+
     def sq_norms(self, choose: NormChoice) -> Tensor:
         """Return ‖GᵀA‖² per sample by the form that `choose` names for this shape."""
         _, length, inputs = self.act_BTI.shape
@@ -56,9 +110,12 @@ class OuterProducts:
         form = self.kernel.sq_norm_gram if gram else self.kernel.sq_norm_direct
         return form(self.act_BTI, self.grad_BTO)
 
-    def weighted(self, factor_B: Tensor) -> Tensor:
-        """Return Σ_b factor_b · G_bᵀA_b."""
-        return self.kernel.weighted_grad(self.act_BTI, self.grad_BTO, factor_B)
+    def add_to(self, sums: ClippedSum, name: str, factor_B: Tensor) -> None:
+        """Add Σ_b factor_b · G_bᵀA_b."""
+        if sums.sample_by_sample:
+            _add_each(self, sums, name, factor_B)
+        else:
+            sums.add_(name, self.kernel.weighted_grad(self.act_BTI, self.grad_BTO, factor_B))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,16 +126,20 @@ class RowSums:
 
     def per_sample(self) -> Tensor:
         """Return the sum over tokens, `[B, n]`."""
+        return self.rows_BTn.sum(1, dtype=compute_dtype(self.rows_BTn.dtype))
+
+    def sample(self, b: int) -> Dense:
+        """Return the sum over the tokens of one sample."""
         dtype = compute_dtype(self.rows_BTn.dtype)
-        return self.rows_BTn.sum(1, dtype=dtype)
+        return Dense(gradient=self.rows_BTn[b].sum(0, dtype=dtype))
 
     def sq_norms(self, choose: NormChoice) -> Tensor:
         """Return the squared norm of the sums; `choose` makes no difference to a vector."""
         return sq_norms(self.per_sample())
 
-    def weighted(self, factor_B: Tensor) -> Tensor:
-        """Return Σ_b factor_b · Σ_t r_bt from the very sums that the norm was taken of."""
-        return weighted_sum(self.per_sample(), factor_B)
+    def add_to(self, sums: ClippedSum, name: str, factor_B: Tensor) -> None:
+        """Add Σ_b factor_b · Σ_t r_bt from the very sums that the norm was taken of."""
+        sums.add_samples_(name, self.per_sample(), factor_B)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,43 +158,30 @@ class Lookups:
         table.index_add_(0, (self.ids_BT + sample).flatten(), self.grad_BTD.flatten(0, 1))
         return table.view(batch, self.rows, width)
 
+    def sample(self, b: int) -> Rows:
+        """Return the sums over the distinct tokens of one sample; no `[V, D]` buffer."""
+        grad_TD = self.grad_BTD[b].to(compute_dtype(self.grad_BTD.dtype))
+        distinct, place_T = torch.unique(self.ids_BT[b], return_inverse=True)
+        sums = grad_TD.new_zeros((len(distinct), grad_TD.shape[1]))
+        return Rows(rows_R=distinct, gradient_RD=sums.index_add_(0, place_T, grad_TD))
+
     def sq_norms(self, choose: NormChoice) -> Tensor:
-        """Return the squared norm over the distinct tokens of each sample; no `[V, D]` buffer."""
+        """Return the squared norm over the distinct tokens of each sample."""
         dtype = compute_dtype(self.grad_BTD.dtype)
         guard = rounding_guard(self.ids_BT.shape[1], dtype)
         sq = []
-        for ids_T, grad_TD in zip(self.ids_BT, self.grad_BTD.to(dtype), strict=True):
-            distinct, place_T = torch.unique(ids_T, return_inverse=True)
-            sums = grad_TD.new_zeros((len(distinct), grad_TD.shape[1]))
-            size = torch.linalg.vector_norm(grad_TD, dim=1).double().sum()
-            sq.append(sq_norm(sums.index_add_(0, place_T, grad_TD)) + (guard * size).square())
+        for b, grad_TD in enumerate(self.grad_BTD):
+            size = torch.linalg.vector_norm(grad_TD, dim=1, dtype=dtype).double().sum()
+            sq.append(self.sample(b).sq_norm() + (guard * size).square())
         return torch.stack(sq)
 
-    def weighted(self, factor_B: Tensor) -> Tensor:
-        """Return Σ_b factor_b · table_b."""
-        dtype = compute_dtype(self.grad_BTD.dtype)
-        table = self.grad_BTD.new_zeros((self.rows, self.grad_BTD.shape[2]), dtype=dtype)
-        for ids_T, grad_TD, factor in zip(
-            self.ids_BT, self.grad_BTD, factor_B.tolist(), strict=True
-        ):
-            if factor != 0.0:
-                table.index_add_(0, ids_T, grad_TD.to(dtype), alpha=factor)
-        return table
+    def add_to(self, sums: ClippedSum, name: str, factor_B: Tensor) -> None:
+        """Add Σ_b factor_b · table_b."""
+        _add_each(self, sums, name, factor_B)
 
 
-def weighted_sum(grad_Bx: Tensor, factor_B: Tensor) -> Tensor:
-    """Return Σ_b factor_b · grad_b in fp32 or fp64; a zero factor drops its sample whatever it is.
-
-    Args:
-        grad_Bx: Per-sample gradients, `[B, …]`.
-        factor_B: Factors, `[B]`.
-
-    Returns:
-        The weighted sum, `[…]`.
-    """
-    dtype = compute_dtype(grad_Bx.dtype)
-    total = torch.zeros(grad_Bx.shape[1:], dtype=dtype, device=grad_Bx.device)
-    for grad, factor in zip(grad_Bx.unbind(0), factor_B.tolist(), strict=True):
+def _add_each(part: Contribution, sums: ClippedSum, name: str, factor_B: Tensor) -> None:
+    """Add sample by sample; a zero factor drops its sample whatever it is."""
+    for b, factor in enumerate(factor_B.tolist()):
         if factor != 0.0:
-            total.add_(grad, alpha=factor)
-    return total
+            part.sample(b).add_to(sums, name, factor)

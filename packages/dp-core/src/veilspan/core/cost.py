@@ -62,7 +62,9 @@ def cheaper_norm(shape: tuple[int, int, int], rates: DeviceRates) -> str:
     return min(("direct", "gram"), key=lambda method: norm_seconds(method, shape, rates))
 
 
-def choose_backward(size: int, length: int, parameters: int, rates: DeviceRates) -> Choice:
+def choose_backward(
+    size: int, length: int, parameters: int, rates: DeviceRates, *, layered: bool = False
+) -> Choice:
     """Return the strategy for micro-batches of `size` records of `length` tokens.
 
     Args:
@@ -70,10 +72,15 @@ def choose_backward(size: int, length: int, parameters: int, rates: DeviceRates)
         length: Tokens T of each record held here.
         parameters: Trainable elements P.
         rates: The device.
+        layered: Whether every clipping group ends within a layer.
     """
     if size <= 1:
         return Choice(
             name="single_sample", reason="one record a micro-batch: its gradient is the batch's own"
+        )
+    if layered:
+        return Choice(
+            name="per_layer", reason="every group ends within a layer: nothing has to be kept"
         )
     stored = 4 * size * parameters
     traffic = 3.0 * stored / rates.bandwidth

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,8 +12,9 @@ from torch import nn
 from veilspan.core.backward import STRATEGIES
 from veilspan.core.cost import Choice, DeviceRates, cheaper_norm, choose_backward
 from veilspan.core.errors import UnsupportedModelError
+from veilspan.core.groups import Groups
 from veilspan.core.rules.linear import LinearRule
-from veilspan.core.survey import OwnedModule
+from veilspan.core.survey import OwnedModule, trainable_parameters
 
 _log = logging.getLogger("veilspan.core")
 
@@ -29,6 +30,7 @@ class StrategyPlan:
         norms: `auto`, `direct` or `gram`.
         modules: Modules that own trainable parameters, with their rules.
         degree: Ranks that hold one sequence together.
+        layered: Whether every group ends within one module.
         rates: The device, as the cost model sees it.
     """
 
@@ -36,6 +38,7 @@ class StrategyPlan:
     norms: str
     modules: Sequence[OwnedModule]
     degree: int
+    layered: bool
     rates: DeviceRates
     chosen: dict[tuple[int, int], Choice] = field(default_factory=dict)
 
@@ -48,6 +51,12 @@ class StrategyPlan:
             raise ValueError(f"norms is {self.norms!r}; it must be one of {allowed}.")
         if self.backward != "auto" and STRATEGIES[self.backward].tapped:
             self._require_taps()
+        if self.backward == "per_layer" and not self.layered:
+            raise ValueError(
+                "backward='per_layer' clips a layer before the next one has its gradient, so every "
+                "group must end within a layer. Use clipping=PerLayer(...) or PerParameter(...), "
+                "or backward='bookkeeping'."
+            )
 
     @property
     def may_tap(self) -> bool:
@@ -106,7 +115,7 @@ class StrategyPlan:
         numel = sum(p.numel() for p in module.parameters.values())
         text = f"{kind:<20} {numel:>12,} elements"
         strategies = {choice.name for choice in self.chosen.values()}
-        if "two_pass" in strategies and isinstance(module.rule, LinearRule):
+        if strategies & {"two_pass", "bookkeeping"} and isinstance(module.rule, LinearRule):
             weight: torch.Tensor = module.module.weight  # pyright: ignore[reportAssignmentType]
             length = lengths.get(module.name, 0)
             text += f"  norm {self.norm_method(length, weight.shape[1], weight.shape[0])}"
@@ -119,7 +128,9 @@ class StrategyPlan:
         if obstacle is not None:
             return Choice(name="single_sample", reason=obstacle)
         parameters = {id(p): p.numel() for m in self.modules for p in m.parameters.values()}
-        return choose_backward(size, length, sum(parameters.values()), self.rates)
+        return choose_backward(
+            size, length, sum(parameters.values()), self.rates, layered=self.layered
+        )
 
     def _obstacle(self) -> str | None:
         """Return why taps cannot be used on this model, or None."""
@@ -153,14 +164,33 @@ class StrategyPlan:
 
 
 def plan_for(
-    model: nn.Module, modules: Sequence[OwnedModule], *, backward: str, norms: str, degree: int
+    model: nn.Module,
+    modules: Sequence[OwnedModule],
+    *,
+    backward: str,
+    norms: str,
+    degree: int,
+    groups: Groups,
 ) -> StrategyPlan:
     """Return the plan of `model` on the device that holds its parameters."""
+    names = {id(p): name for name, p in trainable_parameters(model).items()}
     device = next(model.parameters()).device
     return StrategyPlan(
         backward=backward,
         norms=norms,
         modules=modules,
         degree=degree,
+        layered=_end_within_layers(groups, modules, names),
         rates=DeviceRates.of(device),
     )
+
+
+def _end_within_layers(
+    groups: Groups, modules: Sequence[OwnedModule], names: Mapping[int, str]
+) -> bool:
+    """Return whether every group lies within one module, or is one parameter that modules share."""
+    seats: dict[int, set[str]] = {}
+    for module in modules:
+        for parameter in module.parameters.values():
+            seats.setdefault(groups.index[names[id(parameter)]], set()).add(module.name)
+    return all(len(at) == 1 or len(groups.members(group)) == 1 for group, at in seats.items())

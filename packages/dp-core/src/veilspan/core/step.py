@@ -4,42 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from veilspan.core.attachment import Attachment
 from veilspan.core.backward import STRATEGIES, Workspace
+from veilspan.core.backward.passes import ReachPass
 from veilspan.core.checks import check_losses, check_numbers
-from veilspan.core.clipping import Flat
 from veilspan.core.errors import PrivacyError
+from veilspan.core.groups import Clipping
 from veilspan.core.noise import GaussianNoise, new_key
 from veilspan.core.norms import BlockedKernel
 from veilspan.core.plan import plan_for
 from veilspan.core.protocols import GradientReduction, NoiseSource, NormKernel, SequenceShards
 from veilspan.core.reduction import LocalShards, NoReduction
-from veilspan.core.sums import ClippedSum
+from veilspan.core.release import GaussianMechanism, Release
+from veilspan.core.sums import ClippedSum, accumulator_named
 from veilspan.core.survey import owned_modules, refuse_cross_sample_layers, trainable_parameters
-from veilspan.core.taps import Pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class Release:
-    """What one logical batch is about to release, announced before its noise exists.
-
-    Args:
-        step: Index of the logical batch.
-        noise_multiplier: Noise standard deviation over `sensitivity`.
-        sensitivity: L2 sensitivity of the clipped sum.
-        expected_batch_size: Public constant that divides the noisy sum.
-    """
-
-    step: int
-    noise_multiplier: float
-    sensitivity: float
-    expected_batch_size: float
 
 
 class PrivateStep:
@@ -56,8 +41,10 @@ class PrivateStep:
             clipped means with an ε of infinity.
         expected_batch_size: Public constant, `sampling_probability * num_records`; never the
             length of a drawn batch.
-        backward: `auto`, `single_sample`, `per_sample` or `two_pass`.
-        norms: `auto`, `direct` or `gram`: norm method of linear maps in `two_pass`.
+        backward: `auto`, `single_sample`, `per_sample`, `bookkeeping`, `two_pass` or `per_layer`.
+        norms: `auto`, `direct` or `gram`: norm method of linear maps in `two_pass` and
+            `bookkeeping`.
+        accumulate: `fp32`, or `exact` for sums of integers: bitwise the same in every order.
         kernel: Per-sample arithmetic of linear maps.
         noise: Noise source; by default a cryptographic stream with a fresh key from the operating
             system.
@@ -73,8 +60,9 @@ class PrivateStep:
 
     Guarantee:
         With one loss per record, adding or removing one record changes the sum before noise by at
-        most `clipping.sensitivity` in L2 norm, up to fp32 rounding of the accumulated sum; the
-        noise on every coordinate is N(0, (σ·sensitivity)²) before division. Abadi et al. (2016),
+        most `sensitivity` in L2 norm, up to fp32 rounding of the accumulated sum (none with
+        `accumulate="exact"`); the noise on every coordinate is N(0, (σ·sensitivity)²) before
+        division. Abadi et al. (2016),
         https://arxiv.org/abs/1607.00133.
 
     Examples:
@@ -95,11 +83,12 @@ class PrivateStep:
         self,
         model: nn.Module,
         *,
-        clipping: Flat,
+        clipping: Clipping,
         noise_multiplier: float,
         expected_batch_size: float,
         backward: str = "auto",
         norms: str = "auto",
+        accumulate: str = "fp32",
         kernel: NormKernel | None = None,
         noise: NoiseSource | None = None,
         shards: SequenceShards | None = None,
@@ -114,7 +103,12 @@ class PrivateStep:
         self.expected_batch_size = float(expected_batch_size)
         self.next_step = first_step
         self._model = model
-        self._noise = noise or GaussianNoise(new_key())
+        self._mechanism = GaussianMechanism(
+            noise or GaussianNoise(new_key()),
+            noise_multiplier=self.noise_multiplier,
+            expected_batch_size=self.expected_batch_size,
+            adaptive=clipping.adaptive,
+        )
         self._shards = shards or LocalShards()
         self._reduction = reduction or NoReduction()
         self._on_release = on_release
@@ -123,21 +117,27 @@ class PrivateStep:
             self._shards.local(parameter.detach())  # refuses what it cannot place, before training
         may_tap = backward != "single_sample" and self._shards.degree == 1
         modules = list(owned_modules(model, (kernel or BlockedKernel()) if may_tap else None))
+        groups = clipping.resolve({name: p.numel() for name, p in owned.items()})
         self._plan = plan_for(
-            model, modules, backward=backward, norms=norms, degree=self._shards.degree
+            model,
+            modules,
+            backward=backward,
+            norms=norms,
+            degree=self._shards.degree,
+            groups=groups,
+        )
+        accumulator = accumulator_named(
+            accumulate, clip_norm=clipping.clip_norm, expected_batch_size=expected_batch_size
         )
         self._attachment = Attachment(
-            model,
-            owned,
-            modules if self._plan.may_tap else (),
-            norm_method=self._plan.norm_method,
-            tapped=self._plan.tapped,
+            model, owned, modules if self._plan.may_tap else (), tapped=self._plan.tapped
         )
         self._work = Workspace(
             attachment=self._attachment,
-            clipping=clipping,
+            groups=groups,
             shards=self._shards,
-            sums=ClippedSum(owned, self._shards),
+            sums=ClippedSum(owned, self._shards, accumulator),
+            norm_method=self._plan.norm_method,
         )
         self._entered = False
         self._attached = True
@@ -152,7 +152,7 @@ class PrivateStep:
         self._require_same_parameters()
         self._require_no_gradients("before the logical batch", "optimizer.zero_grad()")
         self._entered = True
-        self._attachment.activate(True)
+        self._begin()
         return self
 
     def __exit__(
@@ -219,6 +219,11 @@ class PrivateStep:
         return self._attachment.owned
 
     @property
+    def sensitivity(self) -> float:
+        """√ΣC_m² of the current logical batch: L2 sensitivity of the clipped sum."""
+        return self._work.groups.sensitivity
+
+    @property
     def takes_single_samples(self) -> bool:
         """Whether every micro-batch must hold one record."""
         return not self._plan.may_tap
@@ -237,14 +242,46 @@ class PrivateStep:
         self._attachment.detach()
         self._attached = False
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a restart needs: the next step and the thresholds; nothing is secret."""
+        groups = self._work.groups
+        thresholds = dict(zip(groups.names, groups.clip_norms, strict=True))
+        return {"next_step": self.next_step, "clip_norms": thresholds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            PrivacyError: If the step is inside a `with` block, or the groups are not the same.
+        """
+        names = self._work.groups.names
+        if self._entered or set(state["clip_norms"]) != set(names):
+            raise PrivacyError(
+                "The state does not fit: it holds thresholds of the groups "
+                f"{sorted(state['clip_norms'])}, this step has {sorted(names)}. Build PrivateStep "
+                "with the clipping of the run that saved it, and load outside of `with step:`."
+            )
+        self.next_step = int(state["next_step"])
+        clip_norms = tuple(float(state["clip_norms"][name]) for name in names)
+        self._work.groups = replace(self._work.groups, clip_norms=clip_norms)
+
+    def _begin(self) -> None:
+        work, groups = self._work, self._work.groups
+        work.sums.begin({name: groups.clip_norms[m] for name, m in groups.index.items()})
+        if self.clipping.adaptive is not None:
+            device = next(iter(self._attachment.owned.values())).device
+            work.within_M = torch.zeros(len(groups), dtype=torch.float64, device=device)
+        self._attachment.activate(True)
+
     def _probe_separability(self, losses_B: Tensor) -> None:
         """Once, on the first micro-batch of two or more: loss 0 must not reach another record."""
         batch = self._attachment.micro_batch
         if self._separable or batch is None or batch.size < 2:
             return
-        batch.differentiate(losses_B[0], Pass.PROBE, keep_graph=True)
+        reach = ReachPass()
+        batch.differentiate(losses_B[0], reach, keep_graph=True)
         self._attachment.require_owned_gradients_only()
-        for name, reached_B in batch.reached_B.items():
+        for name, reached_B in reach.reached_B.items():
             if bool(reached_B[1:].any()):
                 raise PrivacyError(
                     f"The loss of record 0 depends on other records of the micro-batch (seen at "
@@ -255,25 +292,20 @@ class PrivateStep:
             self._separable |= bool(reached_B[0]) and bool(losses_B.isfinite().all())
 
     def _release(self) -> None:
-        sums = self._work.sums.take()
-        self._reduction.sum_(list(sums.values()))
-        release = Release(
-            step=self.next_step,
-            noise_multiplier=self.noise_multiplier,
-            sensitivity=self.clipping.sensitivity,
-            expected_batch_size=self.expected_batch_size,
-        )
+        """Announce, add noise, divide; then let adaptive thresholds move for the next batch."""
+        work = self._work
+        work.sums.reduce(self._reduction, [] if work.within_M is None else [work.within_M])
+        release = self._mechanism.announce(self.next_step, work.groups)
         if self._on_release is not None:
             self._on_release(release)
         self.next_step += 1
-        stddev = self.noise_multiplier * self.clipping.sensitivity if self.noise_multiplier else 0.0
         for name, parameter in self._attachment.owned.items():
-            total = sums.pop(name)
-            if stddev:
-                offset = self._shards.offset(parameter)
-                self._noise.add_(total, stddev=stddev, step=release.step, name=name, offset=offset)
-            mean = total.div_(self.expected_batch_size).to(self._shards.local(parameter).dtype)
-            parameter.grad = self._shards.restore(parameter, mean)
+            offset = self._shards.offset(parameter)
+            mean = self._mechanism.noisy_mean(release, name, work.sums.take(name), offset=offset)
+            local = mean.to(self._shards.local(parameter).dtype)
+            parameter.grad = self._shards.restore(parameter, local)
+        if work.within_M is not None:
+            work.groups = self._mechanism.next_groups(release, work.groups, work.within_M)
 
     def _discard(self) -> None:
         self._work.sums.discard()

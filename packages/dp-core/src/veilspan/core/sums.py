@@ -1,39 +1,140 @@
-"""The clipped sum of one logical batch: fp32 accumulators, one per trainable parameter."""
+"""The clipped sum of one logical batch: one accumulator per trainable parameter.
+
+Two kinds of accumulator: `RoundedSum` adds in fp32 (fp64 for fp64 gradients), `ExactSum` adds
+integers, so that no order and no sharding changes a bit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol, final
 
 import torch
 from torch import Tensor, nn
 
-from veilspan.core.protocols import SequenceShards
+from veilspan.core.protocols import GradientReduction, SequenceShards
+
+
+class Accumulator(Protocol):
+    """How contributions to one parameter are added, and what the sum is in numbers."""
+
+    def start(self, shape: torch.Size, gradient: Tensor) -> Tensor:
+        """Return a sum of zeros of `shape` for gradients like `gradient`."""
+        ...
+
+    def quantised(self, gradient: Tensor, factor: float, clip_norm: float) -> Tensor | None:
+        """Return `factor · gradient` in the units of the sum; None where the sum scales itself."""
+        ...
+
+    def value(self, total: Tensor, clip_norm: float) -> Tensor:
+        """Return the sum in fp32 or fp64."""
+        ...
+
+
+@final
+class RoundedSum:
+    """Sums in fp32, or fp64 for fp64 gradients.
+
+    Guarantee:
+        Each addition is rounded to the nearest number. With n contributions of norm at most C, the
+        rounding of two neighbouring sums differs by at most n²·2⁻²⁵·C (Higham, 2002, section 4.2):
+        3 % of C for n = 1,024 contributions that all point the same way, below 0.1 % as measured.
+        `ExactSum` has no such term.
+    """
+
+    def start(self, shape: torch.Size, gradient: Tensor) -> Tensor:
+        """Return zeros in fp32 or fp64."""
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        return torch.zeros(shape, dtype=dtype, device=gradient.device)
+
+    def quantised(self, gradient: Tensor, factor: float, clip_norm: float) -> None:
+        """Return None: the sum scales and adds in one pass."""
+
+    def value(self, total: Tensor, clip_norm: float) -> Tensor:
+        """Return the sum itself."""
+        return total
+
+
+@final
+class ExactSum:
+    """Sums of whole multiples of C_m·2⁻⁴⁰, in int64.
+
+    Guarantee:
+        Contributions are truncated toward zero, which makes no norm larger, and integers add
+        without rounding: one record changes the sum by at most C exactly, and the sum is bitwise
+        the same in every order and on every number of replicas. Up to 2²² contributions, no
+        overflow is possible.
+    """
+
+    BITS = 40
+    MOST_RECORDS = 2**22
+
+    def start(self, shape: torch.Size, gradient: Tensor) -> Tensor:
+        """Return zeros in int64."""
+        return torch.zeros(shape, dtype=torch.int64, device=gradient.device)
+
+    def quantised(self, gradient: Tensor, factor: float, clip_norm: float) -> Tensor:
+        """Return `factor · gradient` in multiples of C_m·2⁻⁴⁰, truncated toward zero, int64."""
+        return (gradient.double() * (factor * (2.0**self.BITS / clip_norm))).to(torch.int64)
+
+    def value(self, total: Tensor, clip_norm: float) -> Tensor:
+        """Return the sum in fp64."""
+        return total.double().mul_(clip_norm * 2.0**-self.BITS)
 
 
 class ClippedSum:
-    """Σ_b factor_b · gradient_b of the records seen so far, in fp32 or fp64.
+    """Σ_b factor_b · gradient_b of the records seen so far, for each parameter.
 
     Args:
         parameters: Trainable parameters by name.
         shards: Which part of each parameter this rank owns.
+        accumulator: How contributions are added.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], shards: SequenceShards) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        shards: SequenceShards,
+        accumulator: Accumulator,
+    ) -> None:
         self._parameters = parameters
         self._shards = shards
+        self._accumulator = accumulator
         self._sums: dict[str, Tensor] = {}
+        self._clip_norms: dict[str, float] = {}
+
+    @property
+    def sample_by_sample(self) -> bool:
+        """Whether every sample must be added on its own, because each is rounded on its own."""
+        return isinstance(self._accumulator, ExactSum)
+
+    def begin(self, clip_norms: Mapping[str, float]) -> None:
+        """Begin a logical batch under these thresholds, by parameter name."""
+        self._sums.clear()
+        self._clip_norms = dict(clip_norms)
 
     def add_(self, name: str, gradient: Tensor, factor: float = 1.0) -> None:
         """Add `factor · gradient`, the part of parameter `name` owned here."""
         if factor == 0.0:
             return
-        if name not in self._sums:
-            self._sums[name] = torch.zeros_like(
-                gradient,
-                dtype=torch.promote_types(gradient.dtype, torch.float32),
-                memory_format=torch.contiguous_format,
-            )
-        self._sums[name].add_(gradient, alpha=factor)
+        total = self._total(name, gradient.shape, gradient)
+        part = self._accumulator.quantised(gradient, factor, self._clip_norms[name])
+        if part is None:
+            total.add_(gradient, alpha=factor)
+        else:
+            total.add_(part)
+
+    def add_rows_(self, name: str, rows: Tensor, gradient_RD: Tensor, factor: float) -> None:
+        """Add `factor · gradient` to distinct rows of parameter `name`."""
+        if factor == 0.0:
+            return
+        total = self._total(name, self._parameters[name].shape, gradient_RD)
+        part = self._accumulator.quantised(gradient_RD, factor, self._clip_norms[name])
+        if part is None:
+            total.index_add_(0, rows, gradient_RD.to(total.dtype), alpha=factor)
+        else:
+            total.index_add_(0, rows, part)
 
     def add_samples_(self, name: str, grad_Bx: Tensor, factor_B: Tensor) -> None:
         """Add Σ_b factor_b · grad_b; a zero factor drops its sample, finite or not."""
@@ -44,14 +145,42 @@ class ClippedSum:
         """Forget every contribution."""
         self._sums.clear()
 
-    def take(self) -> dict[str, Tensor]:
-        """Return the sums by name, zeros where nothing was added, then forget them."""
-        taken = {}
+    def reduce(self, reduction: GradientReduction, extra: Sequence[Tensor] = ()) -> None:
+        """Sum over replicas, in the units of the accumulators, together with `extra`."""
         for name, parameter in self._parameters.items():
-            total = self._sums.pop(name, None)
-            if total is None:
-                local = self._shards.local(parameter.detach())
-                dtype = torch.promote_types(local.dtype, torch.float32)
-                total = torch.zeros(local.shape, dtype=dtype, device=local.device)
-            taken[name] = total
-        return taken
+            local = self._shards.local(parameter.detach())
+            self._total(name, local.shape, local)
+        reduction.sum_([*(self._sums[name] for name in self._parameters), *extra])
+
+    def take(self, name: str) -> Tensor:
+        """Return the sum of one parameter in fp32 or fp64, and forget it."""
+        return self._accumulator.value(self._sums.pop(name), self._clip_norms[name])
+
+    def _total(self, name: str, shape: torch.Size, gradient: Tensor) -> Tensor:
+        if name not in self._sums:
+            self._sums[name] = self._accumulator.start(shape, gradient)
+        return self._sums[name]
+
+
+def accumulator_named(name: str, *, clip_norm: float, expected_batch_size: float) -> Accumulator:
+    """Return the accumulator that users call `fp32` or `exact`.
+
+    Raises:
+        ValueError: If there is none of that name, or integers cannot hold such a sum.
+    """
+    if name == "fp32":
+        return RoundedSum()
+    if name != "exact":
+        raise ValueError(f"accumulate is {name!r}; it must be 'fp32' or 'exact'.")
+    if math.isinf(clip_norm):
+        raise ValueError(
+            "accumulate='exact' counts in multiples of the clip norm, which is infinite. Set a "
+            "finite clip_norm, or accumulate='fp32'."
+        )
+    if expected_batch_size > ExactSum.MOST_RECORDS / 2:
+        raise ValueError(
+            f"expected_batch_size is {expected_batch_size:g}; accumulate='exact' holds at most "
+            f"{ExactSum.MOST_RECORDS // 2:,} expected records a logical batch. Use "
+            "accumulate='fp32'."
+        )
+    return ExactSum()

@@ -1,95 +1,83 @@
-"""The tap: a zero-storage leaf whose gradient is what a layer adds to privacy's arithmetic.
+"""The tap: where the backward pass of a layer hands over what privacy needs of it.
 
 Every trainable leaf module runs through one `autograd.Function`. Its backward returns the input
-gradient as usual, nothing for the weight, and for its taps the quantity that the running pass
-wants. Autograd adds up the uses of a parameter, so tied weights are summed before any norm.
+gradient as usual and nothing for the weight; input and output gradient, the two factors of every
+per-sample gradient, go to the pass that is running. Autograd never forms a weight gradient.
 """
 
 from __future__ import annotations
 
-import enum
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from veilspan.core.contributions import Contribution
 from veilspan.core.errors import PrivacyError
 from veilspan.core.rules.base import Rule
 
 
-class Pass(enum.Enum):
-    """What a backward pass wants of the taps."""
+class Pass(Protocol):
+    """What one backward pass wants of the layers."""
 
-    PROBE = "which samples a loss reaches"
-    PER_SAMPLE = "per-sample gradients"
-    NORM = "squared norms"
-    SUM = "clipped sums"
+    def receive(self, site: Site, inputs: Tensor, grad_output: Tensor) -> None:
+        """Take what one use of a module adds to the gradients of its parameters."""
+        ...
 
 
 @dataclass
 class MicroBatch:
-    """Taps of one micro-batch of `size` samples, plus what the running pass needs to fill them."""
+    """One micro-batch on its way: how often each parameter is used, and the pass that is running.
+
+    Args:
+        size: Records B.
+        strategy: Name of the backward strategy.
+        device: Where the model is.
+    """
 
     size: int
     strategy: str
-    owned: dict[int, nn.Parameter]
-    norm_method: Callable[[int, int, int], str]
-    uses: Counter[int] = field(default_factory=Counter)
+    device: torch.device
+    uses: Counter[str] = field(default_factory=Counter)
     running: Pass | None = None
-    factor_B: Tensor | None = None
-    reached_B: dict[str, Tensor] = field(default_factory=dict)
-    norm_tap: Tensor = field(init=False)
-    sample_taps: dict[int, Tensor] = field(init=False)
-    sum_taps: dict[int, Tensor] = field(init=False)
+    anchor: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.norm_tap = _leaf((self.size,), next(iter(self.owned.values())), torch.float64)
-        self.sample_taps = {
-            key: _leaf((self.size, *p.shape), p, p.dtype) for key, p in self.owned.items()
-        }
-        self.sum_taps = {
-            key: _leaf(p.shape, p, torch.promote_types(p.dtype, torch.float32))
-            for key, p in self.owned.items()
-        }
-
-    def wants_sample(self, key: int) -> bool:
-        """Return whether the running pass forms this parameter's per-sample gradient.
-
-        A parameter that is used more than once needs it even for its norm: the norm of a sum is
-        not the sum of the norms.
-        """
-        shared = self.running is Pass.NORM and self.uses[key] > 1
-        return shared or self.running is Pass.PER_SAMPLE
+        # An input that needs a gradient, so that autograd visits layers whose input needs none.
+        self.anchor = torch.zeros((), device=self.device, requires_grad=True)
 
     def differentiate(self, loss: Tensor, wanted: Pass, *, keep_graph: bool = False) -> None:
-        """Run one backward pass of `loss` that fills the taps with what `wanted` names."""
+        """Run one backward pass of `loss` whose taps hand over to `wanted`."""
         self.running = wanted
         loss.backward(retain_graph=keep_graph)
 
 
-def _leaf(shape: Iterable[int], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a leaf of zeros that takes no memory whatever its shape."""
-    zero = torch.zeros((), dtype=dtype, device=like.device)
-    return zero.expand(*shape).detach().requires_grad_()
-
-
 @dataclass
 class Site:
-    """One patched module: its rule, its trainable parameters, and the way to the micro-batch."""
+    """One patched module: its rule, its trainable parameters, and the way to the micro-batch.
+
+    Args:
+        name: Module path.
+        module: The module.
+        rule: Its gradients by hand.
+        owned: Name in the model of each trainable parameter, by its name in the module.
+        micro_batch: Returns the micro-batch that a call belongs to; None to pass it through.
+        forward: The module's own forward.
+    """
 
     name: str
     module: nn.Module
     rule: Rule
-    parameters: dict[str, nn.Parameter]
+    owned: dict[str, str]
     micro_batch: Callable[[Tensor], MicroBatch | None]
     forward: Callable[..., Any]
     last_shape: tuple[int, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module; through its taps while a tapped micro-batch is in progress."""
+        """Run the module; through its tap while a tapped micro-batch is in progress."""
         given = [*args, *kwargs.values()]
         batch = self.micro_batch(given[0]) if given and torch.is_tensor(given[0]) else None
         if batch is None:
@@ -102,13 +90,13 @@ class Site:
         inputs = self._samples_first(given[0], batch.size)
         self.last_shape = tuple(inputs.shape)
         if batch.running is None:  # a recomputed forward of activation checkpointing is no new use
-            batch.uses.update(id(p) for p in self.parameters.values())
-        taps = [
-            tap
-            for p in self.parameters.values()
-            for tap in (batch.sample_taps[id(p)], batch.sum_taps[id(p)])
-        ]
-        return TapFunction.apply(self, batch, inputs, batch.norm_tap, *taps)
+            batch.uses.update(self.owned.values())
+        return TapFunction.apply(self, batch, inputs, batch.anchor)
+
+    def parts(self, inputs: Tensor, grad_output: Tensor) -> Iterator[tuple[str, Contribution]]:
+        """Yield what one use adds to each trainable parameter, by name in the model."""
+        found = self.rule.contributions(self.module, inputs, grad_output)
+        return ((name, found[local]) for local, name in self.owned.items())
 
     def _samples_first(self, inputs: Tensor, size: int) -> Tensor:
         if inputs.ndim >= 2:
@@ -126,10 +114,10 @@ class Site:
 
 
 class TapFunction(torch.autograd.Function):
-    """Forward of the module itself; backward that fills its taps, not its weight gradient."""
+    """Forward of the module itself; backward that hands over instead of forming its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, site: Site, batch: MicroBatch, inputs: Tensor, *taps: Tensor) -> Tensor:
+    def forward(ctx: Any, site: Site, batch: MicroBatch, inputs: Tensor, anchor: Tensor) -> Tensor:
         """Return the module's own output for `inputs`."""
         output = site.forward(inputs)
         ctx.site, ctx.batch = site, batch
@@ -138,7 +126,7 @@ class TapFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        """Return the input gradient and what the running pass wants of each tap."""
+        """Hand over both factors to the running pass, and return the input gradient."""
         (grad_output,) = grad_outputs
         site, batch = ctx.site, ctx.batch
         (inputs,) = ctx.saved_tensors
@@ -150,31 +138,5 @@ class TapFunction(torch.autograd.Function):
         grad_input = None
         if ctx.needs_input_grad[2]:
             grad_input = site.rule.input_grad(site.module, inputs, grad_output)
-        return None, None, grad_input, *_tap_gradients(site, batch, inputs, grad_output)
-
-
-def _tap_gradients(
-    site: Site, batch: MicroBatch, inputs: Tensor, grad_output: Tensor
-) -> tuple[Tensor | None, ...]:
-    if batch.running is Pass.PROBE:
-        reached_B = (
-            ((grad_output != 0) & grad_output.isfinite()).flatten(1).any(1)
-        )  # 0 · inf is NaN
-        batch.reached_B[site.name] = batch.reached_B.get(site.name, False) | reached_B
-        return (None,) * (1 + 2 * len(site.parameters))
-    parts = site.rule.contributions(site.module, inputs, grad_output)
-    sq_norm_B: Tensor | None = None
-    filled: list[Tensor | None] = []
-    for name, parameter in site.parameters.items():
-        key, part = id(parameter), parts[name]
-        sample = clipped = None
-        if batch.wants_sample(key):
-            sample = part.per_sample().to(batch.sample_taps[key].dtype)
-        elif batch.running is Pass.NORM:
-            own_B = part.sq_norms(batch.norm_method)
-            sq_norm_B = own_B if sq_norm_B is None else sq_norm_B + own_B
-        elif batch.running is Pass.SUM and batch.uses[key] == 1:
-            assert batch.factor_B is not None
-            clipped = part.weighted(batch.factor_B).to(batch.sum_taps[key].dtype)
-        filled += [sample, clipped]
-    return sq_norm_B, *filled
+        batch.running.receive(site, inputs, grad_output)
+        return None, None, grad_input, None

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from veilspan.parallel.mesh import ParallelMesh
 
-_SUMMABLE = (torch.float32, torch.float64)
+_SUMMABLE = (torch.float32, torch.float64, torch.int64)
 
 
 class ReplicaReduction:
@@ -43,7 +43,7 @@ class ReplicaReduction:
         """Sum each tensor in place over the replicas; once per logical batch.
 
         Args:
-            tensors: Local tensors, fp32 or fp64, the same shapes in the same order on every
+            tensors: Local tensors, fp32, fp64 or int64, the same shapes in the same order on every
             replica.
 
         Raises:
@@ -53,7 +53,7 @@ class ReplicaReduction:
             if isinstance(tensor, DTensor) or tensor.dtype not in _SUMMABLE:
                 raise ValueError(
                     f"a {type(tensor).__name__} of {tensor.dtype} cannot be summed over replicas; "
-                    "pass local tensors of torch.float32 or torch.float64."
+                    "pass local tensors of torch.float32, torch.float64 or torch.int64."
                 )
         if self._mesh.replicate_degree == 1:
             return

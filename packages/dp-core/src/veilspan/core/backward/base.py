@@ -2,31 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veilspan.core.attachment import Attachment
-from veilspan.core.clipping import Flat
+from veilspan.core.contributions import NormChoice
+from veilspan.core.groups import Groups
 from veilspan.core.protocols import SequenceShards
 from veilspan.core.sums import ClippedSum
 
+STORED_SLACK = 2.0**-19
+"""Relative error, at most, of an fp32 norm taken of the very numbers that are summed."""
 
-@dataclass(frozen=True, kw_only=True)
+FORMED_SLACK = 2.0**-18
+"""Relative error, at most, of an fp32 norm formed by other arithmetic than the sum.
+
+Cancellation inside a layer is guarded apart from this, in the norms themselves.
+"""
+
+
+@dataclass(kw_only=True)
 class Workspace:
-    """The parts of a private step that a strategy may touch."""
+    """The parts of a private step that a strategy may touch.
+
+    Args:
+        attachment: The patched model.
+        groups: Groups with the thresholds of this logical batch.
+        shards: Who holds the rest of each sample and parameter.
+        sums: The clipped sum of this logical batch.
+        norm_method: Norm method of a linear map.
+        within_M: Σ_b (1[norm ≤ C_m] - 1/2) of each group, fp64, where thresholds are adaptive.
+    """
 
     attachment: Attachment
-    clipping: Flat
+    groups: Groups
     shards: SequenceShards
     sums: ClippedSum
+    norm_method: NormChoice
+    within_M: Tensor | None = None
+
+    @property
+    def owned(self) -> Mapping[str, nn.Parameter]:
+        """Trainable parameters by name."""
+        return self.attachment.owned
 
     def slack(self, *, fp32: float) -> float:
         """Return the relative slack of norms: `fp32`, or 2^-42 where every parameter is fp64."""
-        exact = all(p.dtype == torch.float64 for p in self.attachment.owned.values())
+        exact = all(p.dtype == torch.float64 for p in self.owned.values())
         return 2.0**-42 if exact else fp32
+
+    def factors(self, group: int, sq_norm_B: Tensor, *, slack: float) -> Tensor:
+        """Return the factor of each sample in one group; once per sample and group.
+
+        Args:
+            group: Position of the group.
+            sq_norm_B: Squared norms within the group, `[B]`, fp64.
+            slack: Relative bound on the error of the norms.
+        """
+        if self.within_M is not None:
+            within_B = sq_norm_B <= self.groups.clip_norms[group] ** 2  # False for NaN
+            self.within_M[group] += (within_B.double() - 0.5).sum()
+        return self.groups.factors(group, sq_norm_B, slack=slack)
+
+    def all_factors(self, sq_norm_MB: Tensor, *, slack: float) -> Tensor:
+        """Return the factors of every group, `[M, B]` fp64."""
+        rows = [self.factors(m, sq_norm_B, slack=slack) for m, sq_norm_B in enumerate(sq_norm_MB)]
+        return torch.stack(rows)
 
 
 class Backward(Protocol):

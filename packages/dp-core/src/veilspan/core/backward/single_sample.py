@@ -9,11 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veilspan.core.backward.base import Workspace
+from veilspan.core.backward.base import STORED_SLACK, Workspace
 from veilspan.core.norms import sq_norm
-
-STORED_SLACK = 2.0**-19
-"""Relative error, at most, of an fp32 norm taken of the very numbers that are summed."""
 
 
 class SingleSample:
@@ -30,13 +27,14 @@ class SingleSample:
                 "micro-batches of one record. Use microbatches(size=1), or backward='per_sample'."
             )
         losses_B.sum().backward()
-        owned = work.attachment.owned
+        owned, index = work.owned, work.groups.index
         grads = {n: work.shards.local(p.grad) for n, p in owned.items() if p.grad is not None}
-        sq_1 = torch.zeros(1, dtype=torch.float64, device=losses_B.device)
-        for grad in grads.values():
-            sq_1 += sq_norm(grad)
-        sq_1 = work.shards.sum_scalars(sq_1)
-        factor = float(work.clipping.factors(sq_1, slack=work.slack(fp32=STORED_SLACK)))
+        sq_norm_M = torch.zeros(len(work.groups), dtype=torch.float64, device=losses_B.device)
+        for name, grad in grads.items():
+            sq_norm_M[index[name]] += sq_norm(grad)
+        sq_norm_M = work.shards.sum_scalars(sq_norm_M)
+        factor_M1 = work.all_factors(sq_norm_M[:, None], slack=work.slack(fp32=STORED_SLACK))
+        factors = factor_M1.flatten().tolist()
         for name, grad in grads.items():
             owned[name].grad = None
-            work.sums.add_(name, grad, factor)
+            work.sums.add_(name, grad, factors[index[name]])

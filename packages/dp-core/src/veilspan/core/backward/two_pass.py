@@ -6,18 +6,10 @@ not the loss, so the rounding of a low-precision backward pass cannot stretch a 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from veilspan.core.backward.base import Workspace
-from veilspan.core.norms import sq_norms
-from veilspan.core.taps import Pass
-
-SLACK = 2.0**-18
-"""Relative error, at most, of an fp32 norm formed by other arithmetic than the sum.
-
-Cancellation inside a layer is guarded apart from this, in the norms themselves.
-"""
+from veilspan.core.backward.base import FORMED_SLACK, Workspace
+from veilspan.core.backward.passes import NormPass, SumPass
 
 
 class TwoPass:
@@ -27,27 +19,16 @@ class TwoPass:
     tapped = True
 
     def run(self, work: Workspace, losses_B: Tensor) -> None:
-        """Fill the norm tap, then the sum taps; parameters used twice keep their gradients."""
-        attachment = work.attachment
-        batch = attachment.micro_batch
+        """Take the norms, then the sums; parameters used twice keep their gradients."""
+        batch = work.attachment.micro_batch
         assert batch is not None
-        loss = losses_B.sum()
-        batch.differentiate(loss, Pass.NORM, keep_graph=True)
-        attachment.require_owned_gradients_only()
-        sq_B = torch.zeros(batch.size, dtype=torch.float64, device=losses_B.device)
-        if batch.norm_tap.grad is not None:
-            sq_B += batch.norm_tap.grad
-        shared = [(n, batch.sample_taps[id(p)]) for n, p in attachment.owned.items()]
-        for _, tap in shared:
-            if tap.grad is not None:
-                sq_B += sq_norms(tap.grad)
-        batch.factor_B = work.clipping.factors(sq_B, slack=work.slack(fp32=SLACK))
-        batch.differentiate(loss, Pass.SUM)
-        for name, tap in shared:
-            if tap.grad is not None:
-                work.sums.add_samples_(name, tap.grad, batch.factor_B)
-                tap.grad = None
-        for name, parameter in attachment.owned.items():
-            total = batch.sum_taps[id(parameter)].grad
-            if total is not None:
-                work.sums.add_(name, total)
+        loss, index = losses_B.sum(), work.groups.index
+        norms = NormPass(work, batch, work.norm_method)
+        batch.differentiate(loss, norms, keep_graph=True)
+        work.attachment.require_owned_gradients_only()
+        for name in norms.shared.names():
+            norms.sq_norm_MB[index[name]] += norms.shared.sq_norms(name)
+        factor_MB = work.all_factors(norms.sq_norm_MB, slack=work.slack(fp32=FORMED_SLACK))
+        batch.differentiate(loss, SumPass(work, batch, factor_MB))
+        for name in norms.shared.names():
+            norms.shared.flush(name, factor_MB[index[name]])

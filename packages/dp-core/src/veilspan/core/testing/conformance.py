@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from veilspan.core.clipping import Flat
+from veilspan.core.groups import Clipping, Flat
 from veilspan.core.norms import BlockedKernel
 from veilspan.core.protocols import NormKernel
 from veilspan.core.rules import find_rule
@@ -41,7 +41,7 @@ def clipped_sum(
     compute_losses: ComputeLosses,
     batch: Batch,
     *,
-    clipping: Flat,
+    clipping: Clipping,
     size: int,
     **options: object,
 ) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ def assert_step_matches_oracle(
     compute_losses: ComputeLosses,
     batch: Batch,
     *,
-    clipping: Flat,
+    clipping: Clipping,
     size: int,
     tolerance: float | None = None,
     **options: object,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from veilspan.core.clipping import Flat
+from veilspan.core.groups import Clipping
 from veilspan.core.survey import trainable_parameters
 
 Batch = Mapping[str, Tensor]
@@ -66,21 +66,23 @@ class Oracle:
 
     @classmethod
     def of(
-        cls, model: nn.Module, compute_losses: ComputeLosses, batch: Batch, clipping: Flat
+        cls, model: nn.Module, compute_losses: ComputeLosses, batch: Batch, clipping: Clipping
     ) -> Oracle:
-        """Return the oracle's answer for `batch`; a record that is not finite adds nothing."""
+        """Return the oracle's answer for `batch`; a group that is not finite adds nothing."""
         gradients = per_sample_gradients(model, compute_losses, batch)
         owned = trainable_parameters(model)
         total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in owned.items()}
+        groups = clipping.resolve({name: p.numel() for name, p in owned.items()})
         norms = []
         for gradient in gradients:
             wide = {name: grad.double() for name, grad in gradient.items()}
-            norm = torch.stack([g.square().sum() for g in wide.values()]).sum().sqrt()
-            factor = clipping.factors(norm[None].square(), slack=0.0)[0]
-            norms.append(norm)
-            if factor > 0:
-                for name, grad in wide.items():
-                    total[name] += factor * grad
+            norms.append(torch.stack([g.square().sum() for g in wide.values()]).sum().sqrt())
+            for group in range(len(groups)):
+                members = groups.members(group)
+                sq_norm = torch.stack([wide[name].square().sum() for name in members]).sum()
+                factor = groups.factors(group, sq_norm[None], slack=0.0)[0]
+                for name in members if factor > 0 else ():
+                    total[name] += factor * wide[name]
         return cls(norm_B=torch.stack(norms) if norms else torch.zeros(0), clipped_sum=total)
 
     def length(self) -> float:

@@ -1,0 +1,203 @@
+"""What backward passes do with the two factors that a tap hands over.
+
+B samples, M groups. A parameter that one forward pass uses several times (tied or shared weights)
+needs its per-sample gradient: the norm of a sum is not the sum of the norms.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from veilspan.core.backward.base import Workspace
+from veilspan.core.contributions import Contribution, NormChoice
+from veilspan.core.norms import sq_norms
+from veilspan.core.taps import MicroBatch, Site
+
+
+@dataclass
+class ReachPass:
+    """Finds which samples a loss reaches, module by module.
+
+    Args:
+        reached_B: Whether a sample's output gradient is not zero anywhere, by module path.
+    """
+
+    reached_B: dict[str, Tensor] = field(default_factory=dict)
+
+    def receive(self, site: Site, inputs: Tensor, grad_output: Tensor) -> None:
+        """Note the samples whose gradient is neither zero nor 0 · inf."""
+        seen_B = ((grad_output != 0) & grad_output.isfinite()).flatten(1).any(1)
+        self.reached_B[site.name] = self.reached_B.get(site.name, False) | seen_B
+
+
+class Samples:
+    """Per-sample gradients `[B, *parameter]` by name, added up over the uses of a parameter."""
+
+    def __init__(self, work: Workspace) -> None:
+        self._work = work
+        self._grads: dict[str, Tensor] = {}
+
+    def add(self, name: str, part: Contribution) -> None:
+        """Add one use, in the parameter's own dtype."""
+        grad_Bx = part.per_sample().to(self._work.owned[name].dtype)
+        known = self._grads.get(name)
+        self._grads[name] = grad_Bx if known is None else known.add_(grad_Bx)
+
+    def names(self) -> list[str]:
+        """Return the names of the parameters seen so far."""
+        return list(self._grads)
+
+    def sq_norms(self, name: str) -> Tensor:
+        """Return the squared norm of each sample's gradient of one parameter, `[B]` fp64."""
+        return sq_norms(self._grads[name])
+
+    def flush(self, name: str, factor_B: Tensor) -> None:
+        """Add Σ_b factor_b · gradient_b to the clipped sum, and forget the gradients."""
+        self._work.sums.add_samples_(name, self._grads.pop(name), factor_B)
+
+
+@dataclass
+class SamplePass:
+    """Forms the per-sample gradient of every parameter."""
+
+    samples: Samples
+
+    def receive(self, site: Site, inputs: Tensor, grad_output: Tensor) -> None:
+        """Add this use to the per-sample gradients."""
+        for name, part in site.parts(inputs, grad_output):
+            self.samples.add(name, part)
+
+
+class NormPass:
+    """Adds up the squared norms of each group.
+
+    Args:
+        work: The step's parts.
+        batch: The micro-batch.
+        choose: Norm method of a linear map.
+    """
+
+    def __init__(self, work: Workspace, batch: MicroBatch, choose: NormChoice) -> None:
+        shape = (len(work.groups), batch.size)
+        self.sq_norm_MB = torch.zeros(shape, dtype=torch.float64, device=batch.device)
+        self.shared = Samples(work)
+        self._work, self._batch, self._choose = work, batch, choose
+
+    def receive(self, site: Site, inputs: Tensor, grad_output: Tensor) -> None:
+        """Add this use's squared norms, or keep its gradients where other uses will join."""
+        for name, part in site.parts(inputs, grad_output):
+            if self._batch.uses[name] > 1:
+                self.shared.add(name, part)
+            else:
+                self.sq_norm_MB[self._work.groups.index[name]] += part.sq_norms(self._choose)
+
+
+@dataclass
+class SumPass:
+    """Adds each layer's weighted gradient to the clipped sum; shared parameters are left out."""
+
+    work: Workspace
+    batch: MicroBatch
+    factor_MB: Tensor
+
+    def receive(self, site: Site, inputs: Tensor, grad_output: Tensor) -> None:
+        """Add Σ_b factor_b · gradient_b of this use."""
+        for name, part in site.parts(inputs, grad_output):
+            if self.batch.uses[name] == 1:
+                part.add_to(self.work.sums, name, self.factor_MB[self.work.groups.index[name]])
+
+
+class BookPass:
+    """Keeps both factors of a group's layers until the last of them has its gradient, then clips.
+
+    The book of a group closes inside the backward pass, as soon as every use that the forward pass
+    counted has come back, so a group's tensors are gone before the next group's are needed.
+
+    Args:
+        work: The step's parts.
+        batch: The micro-batch.
+        choose: Norm method of a linear map.
+        slack: Relative error, at most, of a norm against what is summed.
+        formed: Form each sample's gradient once, and take its norm before adding it, in groups that
+            one use of one module completes.
+    """
+
+    def __init__(
+        self,
+        work: Workspace,
+        batch: MicroBatch,
+        *,
+        choose: NormChoice,
+        slack: float,
+        formed: bool,
+    ) -> None:
+        self._work, self._batch = work, batch
+        self._choose, self._slack, self._formed = choose, slack, formed
+        self._shared = Samples(work)
+        self._open: dict[int, list[tuple[str, Contribution]]] = {}
+        self._closed: set[int] = set()
+        self._awaited: Counter[int] = Counter()
+        for name, count in batch.uses.items():
+            self._awaited[work.groups.index[name]] += count
+
+    def receive(self, site: Site, inputs: Tensor, grad_output: Tensor) -> None:
+        """Enter this use in the books of its groups, and close those that are complete."""
+        here: dict[int, list[tuple[str, Contribution]]] = {}
+        for name, part in site.parts(inputs, grad_output):
+            here.setdefault(self._work.groups.index[name], []).append((name, part))
+        for group, entries in here.items():
+            self._awaited[group] -= len(entries)
+            complete = self._awaited[group] == 0
+            alone = group not in self._open and all(self._batch.uses[n] == 1 for n, _ in entries)
+            if self._formed and complete and alone:
+                self._clip_formed(group, entries)
+            else:
+                self._enter(group, entries)
+                if complete:
+                    self._close(group)
+
+    def close_all(self) -> None:
+        """Close the books of groups that the loss did not reach completely."""
+        for group in range(len(self._work.groups)):
+            if group not in self._closed:
+                self._close(group)
+
+    def _enter(self, group: int, entries: list[tuple[str, Contribution]]) -> None:
+        book = self._open.setdefault(group, [])
+        for name, part in entries:
+            if self._batch.uses[name] > 1:
+                self._shared.add(name, part)
+            else:
+                book.append((name, part))
+
+    def _close(self, group: int) -> None:
+        book = self._open.pop(group, [])
+        shared = [n for n in self._shared.names() if self._work.groups.index[n] == group]
+        sq_norm_B = self._zeros()
+        for _, part in book:
+            sq_norm_B += part.sq_norms(self._choose)
+        for name in shared:
+            sq_norm_B += self._shared.sq_norms(name)
+        factor_B = self._work.factors(group, sq_norm_B, slack=self._slack)
+        while book:
+            name, part = book.pop()
+            part.add_to(self._work.sums, name, factor_B)
+        for name in shared:
+            self._shared.flush(name, factor_B)
+        self._closed.add(group)
+
+    def _clip_formed(self, group: int, entries: list[tuple[str, Contribution]]) -> None:
+        for b in range(self._batch.size):
+            formed = [(name, part.sample(b)) for name, part in entries]
+            sq_norm = sum((g.sq_norm() for _, g in formed), start=self._zeros()[0])
+            factor_B = self._work.factors(group, sq_norm[None], slack=self._slack)
+            for name, gradient in formed:
+                gradient.add_to(self._work.sums, name, float(factor_B))
+        self._closed.add(group)
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(self._batch.size, dtype=torch.float64, device=self._batch.device)

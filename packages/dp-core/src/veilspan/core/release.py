@@ -1,0 +1,103 @@
+"""The Gaussian mechanism: what is announced of a logical batch, then released."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from veilspan.core.adaptive import PrivateQuantile
+from veilspan.core.groups import Groups
+from veilspan.core.protocols import NoiseSource
+
+_COUNTS = "veilspan.counts-within-thresholds"  # has a dash: no parameter is called so
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """What one logical batch is about to release, announced before its noise exists.
+
+    Args:
+        step: Index of the logical batch.
+        noise_multiplier: σ of the release as one Gaussian mechanism: what an accountant composes.
+        sensitivity: L2 sensitivity of the clipped sum.
+        expected_batch_size: Public constant that divides the noisy sum.
+        gradient_noise_multiplier: Standard deviation of the gradients' noise over `sensitivity`;
+            larger than σ where the counts of a private quantile are part of the release.
+        count_stddev: Standard deviation of the noise on each count of a private quantile; None
+            where thresholds are fixed.
+    """
+
+    step: int
+    noise_multiplier: float
+    sensitivity: float
+    expected_batch_size: float
+    gradient_noise_multiplier: float
+    count_stddev: float | None = None
+
+
+class GaussianMechanism:
+    """Noise, scale, and the thresholds of the next logical batch.
+
+    Args:
+        noise: Noise source.
+        noise_multiplier: σ of the release as one mechanism.
+        expected_batch_size: Public constant that divides the noisy sum.
+        adaptive: Private quantile that moves the thresholds, if any.
+    """
+
+    def __init__(
+        self,
+        noise: NoiseSource,
+        *,
+        noise_multiplier: float,
+        expected_batch_size: float,
+        adaptive: PrivateQuantile | None,
+    ) -> None:
+        self._noise = noise
+        self._sigma = noise_multiplier
+        self._expected = expected_batch_size
+        self._adaptive = adaptive
+
+    def announce(self, step: int, groups: Groups) -> Release:
+        """Return what step `step` will release under the thresholds of `groups`."""
+        adaptive, sigma = self._adaptive, self._sigma
+        gradients = adaptive.gradient_noise_multiplier(sigma) if adaptive else sigma
+        return Release(
+            step=step,
+            noise_multiplier=sigma,
+            sensitivity=groups.sensitivity,
+            expected_batch_size=self._expected,
+            gradient_noise_multiplier=gradients,
+            count_stddev=adaptive.count_stddev(sigma, len(groups)) if adaptive else None,
+        )
+
+    def noisy_mean(self, release: Release, name: str, total: Tensor, *, offset: int) -> Tensor:
+        """Return (total + noise) / expected_batch_size, in place.
+
+        Args:
+            release: What was announced.
+            name: Name of the parameter, which addresses its noise.
+            total: The part of the clipped sum held here, fp32 or fp64.
+            offset: Flat index of that part in the whole parameter.
+        """
+        if release.gradient_noise_multiplier:  # without noise the sensitivity may be infinite
+            stddev = release.gradient_noise_multiplier * release.sensitivity
+            self._noise.add_(total, stddev=stddev, step=release.step, name=name, offset=offset)
+        return total.div_(self._expected)
+
+    def next_groups(self, release: Release, groups: Groups, within_M: Tensor) -> Groups:
+        """Return the groups with the thresholds of the next logical batch.
+
+        Args:
+            release: What was announced.
+            groups: The groups of this batch.
+            within_M: Σ_b (1[norm ≤ C_m] - 1/2), fp64, `[M]`; noise is added in place.
+        """
+        if self._adaptive is None or release.count_stddev is None:
+            return groups
+        stddev = release.count_stddev
+        if stddev:
+            self._noise.add_(within_M, stddev=stddev, step=release.step, name=_COUNTS, offset=0)
+        moved = self._adaptive.moved(groups.clip_norms, within_M, self._expected)
+        return replace(groups, clip_norms=moved)
