@@ -9,11 +9,18 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from veilspan.core import Automatic, Clip, Flat, PrivateStep
+from veilspan.core import Automatic, Clip, Flat, PerLayer, PrivateStep
 from veilspan.core.testing import Oracle, assert_step_matches_oracle
 from veilspan.core.testing.conformance import assert_close, clipped_sum
 
-TAPPED = [("per_sample", "auto"), ("two_pass", "direct"), ("two_pass", "gram")]
+TAPPED = [
+    ("per_sample", "auto"),
+    ("bookkeeping", "direct"),
+    ("bookkeeping", "gram"),
+    ("two_pass", "direct"),
+    ("two_pass", "gram"),
+    ("per_layer", "auto"),
+]
 STRATEGIES = [("single_sample", "auto"), *TAPPED]
 FAMILIES = [
     "llama", "llama-tied", "llama-bias", "qwen2", "qwen3", "mistral",
@@ -26,11 +33,17 @@ def middle_norm(model, compute_losses, batch) -> float:
     return float(Oracle.of(model, compute_losses, batch, Flat(clip_norm=1.0)).norm_B.median())
 
 
+def clipping_for(backward, clip_norm, rule=None):
+    """Return flat clipping, or layer-wise where the strategy can do no other."""
+    kind = PerLayer if backward == "per_layer" else Flat
+    return kind(clip_norm=clip_norm, rule=rule or Clip())
+
+
 def options_of(strategy, *, size, clip_norm, rule=None):
     """Return the arguments of the public suites for one strategy."""
     backward, norms = strategy
     return {
-        "clipping": Flat(clip_norm=clip_norm, rule=rule or Clip()),
+        "clipping": clipping_for(backward, clip_norm, rule or Clip()),
         "size": 1 if backward == "single_sample" else size,
         "backward": backward,
         "norms": norms,
@@ -106,7 +119,7 @@ def test_pitfall_26_activation_checkpointing_changes_nothing(
     family, reentrant, strategy, make_model, make_batch, compute_losses
 ):
     model, batch = make_model(family), make_batch(3, 17)
-    expected = Oracle.of(model, compute_losses, batch, Flat(clip_norm=0.5))
+    expected = Oracle.of(model, compute_losses, batch, clipping_for(strategy[0], 0.5))
     for block in model.model.layers if hasattr(model, "model") else model.transformer.h:
         block.forward = checkpointed(block.forward, reentrant)
     got = summed(model, compute_losses, batch, strategy, size=3, clip_norm=0.5)
@@ -205,7 +218,7 @@ def test_pitfall_09_correlated_uses_of_a_tied_weight_are_added_before_the_norm(s
     assert_exact(model, entropies, batch, strategy, size=2, clip_norm=0.1)
 
 
-@pytest.mark.parametrize("backward", ["per_sample", "two_pass"])
+@pytest.mark.parametrize("backward", ["per_sample", "bookkeeping", "two_pass", "per_layer"])
 def test_pitfall_10_a_branch_that_is_skipped_leaves_no_stale_norm(backward):
     class Branch(nn.Module):
         def __init__(self) -> None:
@@ -223,12 +236,9 @@ def test_pitfall_10_a_branch_that_is_skipped_leaves_no_stale_norm(backward):
     def losses(m, b):
         return m(b["x"]).square().sum(1)
 
+    clipping = clipping_for(backward, 0.1)
     step = PrivateStep(
-        model,
-        clipping=Flat(clip_norm=0.1),
-        noise_multiplier=0,
-        expected_batch_size=1,
-        backward=backward,
+        model, clipping=clipping, noise_multiplier=0, expected_batch_size=1, backward=backward
     )
     for use_right in (True, False, True):
         model.use_right = use_right
@@ -236,7 +246,7 @@ def test_pitfall_10_a_branch_that_is_skipped_leaves_no_stale_norm(backward):
             step.backward(losses(model, batch))
         got = {n: p.grad.clone() for n, p in model.named_parameters()}
         model.zero_grad()
-        expected = Oracle.of(model, losses, batch, Flat(clip_norm=0.1))
+        expected = Oracle.of(model, losses, batch, clipping)
         assert_close(got, expected.clipped_sum, 1e-10)
 
 
@@ -272,7 +282,7 @@ def test_infinite_clip_norm_without_noise_is_ordinary_training(
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (private, plain)]
     step = PrivateStep(
         private,
-        clipping=Flat(clip_norm=float("inf")),
+        clipping=clipping_for(backward, float("inf")),
         noise_multiplier=0,
         expected_batch_size=4,
         backward=backward,
@@ -295,16 +305,17 @@ def test_infinite_clip_norm_without_noise_is_ordinary_training(
 
 
 @pytest.mark.parametrize("sizes", [[32], [8, 8, 8, 8], [1] * 32, [0, 5, 27]])
-@pytest.mark.parametrize("backward", ["per_sample", "two_pass"])
+@pytest.mark.parametrize("backward", ["per_sample", "bookkeeping", "two_pass", "per_layer"])
 def test_pitfall_16_any_division_into_micro_batches_gives_the_same_sum(
     sizes, backward, make_model, make_batch, compute_losses
 ):
     model, batch = make_model("llama-tied", num_hidden_layers=1), make_batch(32, 5)
-    expected = Oracle.of(model, compute_losses, batch, Flat(clip_norm=0.5))
+    clipping = clipping_for(backward, 0.5)
+    expected = Oracle.of(model, compute_losses, batch, clipping)
     releases = []
     step = PrivateStep(
         model,
-        clipping=Flat(clip_norm=0.5),
+        clipping=clipping,
         noise_multiplier=0,
         expected_batch_size=1,
         backward=backward,

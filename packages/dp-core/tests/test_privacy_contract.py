@@ -10,22 +10,32 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from veilspan.core import Automatic, Clip, Flat
+from veilspan.core import Automatic, Clip, Flat, PerLayer
 from veilspan.core.testing.conformance import clipped_sum
 from veilspan.core.testing.oracle import flat
 
 STRATEGIES = [
     ("single_sample", "auto"),
     ("per_sample", "auto"),
+    ("bookkeeping", "direct"),
+    ("bookkeeping", "gram"),
     ("two_pass", "direct"),
     ("two_pass", "gram"),
+    ("per_layer", "auto"),
 ]
+NAMES = ["single_sample", "per_sample", "bookkeeping", "two_pass", "per_layer"]
 ALLOWED = 1 + 1e-6
 CLIP = 0.25
 
 everything = settings(
     max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+
+
+def clipping_for(backward, clip_norm=CLIP, rule=None):
+    """Return flat clipping, or layer-wise where the strategy can do no other."""
+    kind = PerLayer if backward == "per_layer" else Flat
+    return kind(clip_norm=clip_norm, rule=rule or Clip())
 
 
 class Tiny(nn.Module):
@@ -95,7 +105,7 @@ def test_removing_a_record_changes_the_sum_by_at_most_the_clip_norm(
         Tiny().to(dtype),
         token_losses,
         batch,
-        clipping=Flat(clip_norm=CLIP, rule=rule),
+        clipping=clipping_for(backward, rule=rule),
         backward=backward,
         norms=norms,
     )
@@ -124,7 +134,7 @@ def test_pitfall_20_a_token_pair_that_nearly_cancels_hides_no_norm(
         nn.Linear(16, 16).to(dtype),
         lambda model, b: (model(b["x"]) * b["g"]).float().flatten(1).sum(1),
         batch,
-        clipping=Flat(clip_norm=CLIP),
+        clipping=clipping_for(backward),
         backward=backward,
         norms=norms,
     )
@@ -143,7 +153,7 @@ def test_pitfall_21_a_loss_scale_of_two_to_the_twenty_gives_the_same_sum(backwar
             model,
             token_losses,
             batch,
-            clipping=Flat(clip_norm=1e-3),
+            clipping=clipping_for(backward, 1e-3),
             size=1 if backward == "single_sample" else 3,
             backward=backward,
             norms=norms,
@@ -164,7 +174,7 @@ def test_pitfall_22_a_record_that_is_not_finite_adds_zero_and_changes_nobody(
     ids = torch.randint(0, 11, (3, 7))
     scale = torch.tensor([1.0, poison, 1.0])
     batch = {"ids": ids, "scale": scale, "weight": torch.ones(3, 7)}
-    options = {"clipping": Flat(clip_norm=CLIP), "backward": backward, "norms": norms}
+    options = {"clipping": clipping_for(backward), "backward": backward, "norms": norms}
     size = 1 if backward == "single_sample" else 3
     got = flat(clipped_sum(model, token_losses, batch, size=size, **options))
     healthy = {k: v[[0, 2]] for k, v in batch.items()}
@@ -175,13 +185,13 @@ def test_pitfall_22_a_record_that_is_not_finite_adds_zero_and_changes_nobody(
     )
 
 
-@pytest.mark.parametrize("backward", ["single_sample", "per_sample", "two_pass"])
+@pytest.mark.parametrize("backward", NAMES)
 def test_pitfall_31_an_empty_batch_sums_to_exactly_zero(backward):
     got = clipped_sum(
         Tiny(),
         token_losses,
         {"ids": torch.zeros(0, 3, dtype=torch.long)},
-        clipping=Flat(clip_norm=1.0),
+        clipping=clipping_for(backward, 1.0),
         size=1,
         backward=backward,
     )
@@ -189,7 +199,7 @@ def test_pitfall_31_an_empty_batch_sums_to_exactly_zero(backward):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backward", ["single_sample", "per_sample", "two_pass"])
+@pytest.mark.parametrize("backward", NAMES)
 def test_pitfall_19_one_record_alone_is_clipped_to_the_bound_in_every_dtype(backward, dtype):
     torch.manual_seed(0)
     for width in (3, 64, 1000):
@@ -199,7 +209,7 @@ def test_pitfall_19_one_record_alone_is_clipped_to_the_bound_in_every_dtype(back
             model,
             lambda m, b: m(b["x"]).float().square().flatten(1).sum(1),
             batch,
-            clipping=Flat(clip_norm=CLIP),
+            clipping=clipping_for(backward),
             size=1,
             backward=backward,
         )

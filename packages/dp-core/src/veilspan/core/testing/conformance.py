@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +27,13 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 class _Capture:
-    """A reduction of one replica that keeps what it is asked to reduce: the sum before noise."""
+    """A noise source that adds nothing and keeps what it is handed: the sum before noise."""
 
     def __init__(self) -> None:
-        self.sums: list[Tensor] = []
+        self.sums: dict[str, Tensor] = {}
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        self.sums = [tensor.clone() for tensor in tensors]
+    def add_(self, tensor: Tensor, *, stddev: float, step: int, name: str, offset: int) -> None:
+        self.sums[name] = tensor.clone()
 
 
 def clipped_sum(
@@ -59,9 +59,9 @@ def clipped_sum(
     step = PrivateStep(
         model,
         clipping=clipping,
-        noise_multiplier=0.0,
+        noise_multiplier=1.0,
         expected_batch_size=1.0,
-        reduction=capture,
+        noise=capture,
         **options,  # pyright: ignore[reportArgumentType]
     )
     try:
@@ -72,7 +72,7 @@ def clipped_sum(
         step.detach()
         for parameter in model.parameters():
             parameter.grad = None
-    return dict(zip(step.parameters, capture.sums, strict=True))
+    return {name: capture.sums[name] for name in step.parameters}
 
 
 def assert_step_matches_oracle(
