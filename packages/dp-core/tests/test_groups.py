@@ -63,8 +63,8 @@ def test_every_parameter_is_in_the_group_that_the_kind_says(clipping, names):
     groups = clipping.resolve(SIZES)
     assert list(groups.names) == names
     assert set(groups.index) == set(SIZES)
-    members = [groups.members(m) for m in range(len(groups))]
-    assert sorted(sum(members, [])) == sorted(SIZES)
+    members = [name for m in range(len(groups)) for name in groups.members(m)]
+    assert sorted(members) == sorted(SIZES)
 
 
 KINDS = [Flat, PerBlock, PerLayer, PerParameter]
@@ -97,15 +97,13 @@ def test_given_budgets_whose_squares_add_up_are_the_thresholds_themselves():
 
 def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_names():
     clipping = ByPattern(clip_norm=1.0, patterns={"head": "lm_heads.weight", "rest": "*"})
-    with pytest.raises(
-        ValueError, match=r"lm_heads\.weight.*matches no .*Nearest.*lm_head\.weight"
-    ):
+    with pytest.raises(ValueError, match=r"matches no .*Nearest.*lm_head\.weight"):
         clipping.resolve(SIZES)
 
 
 def test_a_parameter_outside_of_all_patterns_is_refused_by_name():
     clipping = ByPattern(clip_norm=1.0, patterns={"attention": ["*.self_attn.*", "*.mlp.*"]})
-    with pytest.raises(ValueError, match="'model.embed_tokens.weight' is in no group"):
+    with pytest.raises(ValueError, match=r"'model\.embed_tokens\.weight' is in no"):
         clipping.resolve(SIZES)
 
 

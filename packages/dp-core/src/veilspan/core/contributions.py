@@ -37,8 +37,8 @@ class SampleGradient(Protocol):
 class Contribution(Protocol):
     """Per-sample gradient of one parameter, not yet formed."""
 
-    def per_sample(self) -> Tensor:
-        """Return the gradient of each sample, `[B, *parameter]`."""
+    def per_sample(self, out: Tensor | None = None) -> Tensor:
+        """Return the gradient of each sample, `[B, *parameter]`; written to `out` if given."""
         ...
 
     def sample(self, b: int) -> SampleGradient:
@@ -93,15 +93,15 @@ class OuterProducts:
     grad_BTO: Tensor
     kernel: NormKernel
 
-    def per_sample(self) -> Tensor:
+    def per_sample(self, out: Tensor | None = None) -> Tensor:
         """Return GᵀA per sample, `[B, O, I]`."""
-        return self.kernel.per_sample_grad(self.act_BTI, self.grad_BTO)
+        return self.kernel.per_sample_grad(self.act_BTI, self.grad_BTO, out=out)
 
     def sample(self, b: int) -> Dense:
         """Return GᵀA of one sample, accumulated in fp32 or fp64."""
-        one = torch.ones(1, dtype=torch.float64, device=self.grad_BTO.device)
-        act, grad = self.act_BTI[b : b + 1], self.grad_BTO[b : b + 1]
-        return Dense(gradient=self.kernel.weighted_grad(act, grad, one))
+        dtype = compute_dtype(self.grad_BTO.dtype)
+        act, grad = self.act_BTI[b : b + 1].to(dtype), self.grad_BTO[b : b + 1].to(dtype)
+        return Dense(gradient=self.kernel.per_sample_grad(act, grad)[0])
 
     def sq_norms(self, choose: NormChoice) -> Tensor:
         """Return ‖GᵀA‖² per sample by the form that `choose` names for this shape."""
@@ -115,7 +115,11 @@ class OuterProducts:
         if sums.sample_by_sample:
             _add_each(self, sums, name, factor_B)
         else:
-            sums.add_(name, self.kernel.weighted_grad(self.act_BTI, self.grad_BTO, factor_B))
+            clip_norm = sums.clip_norm(name)
+            total = self.kernel.weighted_grad(
+                self.act_BTI, self.grad_BTO, factor_B, clip_norm=clip_norm
+            )
+            sums.add_(name, total)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +128,10 @@ class RowSums:
 
     rows_BTn: Tensor
 
-    def per_sample(self) -> Tensor:
+    def per_sample(self, out: Tensor | None = None) -> Tensor:
         """Return the sum over tokens, `[B, n]`."""
-        return self.rows_BTn.sum(1, dtype=compute_dtype(self.rows_BTn.dtype))
+        sums_Bn = self.rows_BTn.sum(1, dtype=compute_dtype(self.rows_BTn.dtype))
+        return sums_Bn if out is None else out.copy_(sums_Bn)
 
     def sample(self, b: int) -> Dense:
         """Return the sum over the tokens of one sample."""
@@ -150,12 +155,16 @@ class Lookups:
     grad_BTD: Tensor
     rows: int
 
-    def per_sample(self) -> Tensor:
+    def per_sample(self, out: Tensor | None = None) -> Tensor:
         """Return one table per sample, `[B, V, D]`."""
         batch, _, width = self.grad_BTD.shape
-        table = self.grad_BTD.new_zeros((batch * self.rows, width))
+        if out is None:
+            table = self.grad_BTD.new_zeros((batch * self.rows, width))
+        else:
+            table = out.zero_().view(batch * self.rows, width)
         sample = torch.arange(batch, device=self.ids_BT.device)[:, None] * self.rows
-        table.index_add_(0, (self.ids_BT + sample).flatten(), self.grad_BTD.flatten(0, 1))
+        grad = self.grad_BTD.flatten(0, 1).to(table.dtype)
+        table.index_add_(0, (self.ids_BT + sample).flatten(), grad)
         return table.view(batch, self.rows, width)
 
     def sample(self, b: int) -> Rows:

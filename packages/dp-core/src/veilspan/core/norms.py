@@ -15,6 +15,9 @@ from torch import Tensor
 GRAM_CANCELLATION = 1e-5
 """Below this fraction of (Σ‖a‖‖g‖)² the Gram form has no correct digits left to trust."""
 
+CANCELLING = 4.0
+"""Σ‖a‖‖g‖ beyond this times √T times the norm: terms cancel more than those of random tokens."""
+
 _CHAIN = 1024  # fp32 sums of squares stay this short; longer chains lose digits of the norm
 
 
@@ -93,21 +96,44 @@ class BlockedKernel:
         guard_B = rounding_guard(act_BTI.shape[1], act_BTI.dtype) * size_B
         return sq_B + guard_B.square()
 
-    def per_sample_grad(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
-        """Return GᵀA per sample, `[B, O, I]`, in the dtype of `grad_BTO`."""
-        return torch.bmm(grad_BTO.mT, act_BTI.to(grad_BTO.dtype))
+    def per_sample_grad(
+        self, act_BTI: Tensor, grad_BTO: Tensor, *, out: Tensor | None = None
+    ) -> Tensor:
+        """Return GᵀA per sample, `[B, O, I]`, in the dtype of `grad_BTO`; written to `out`."""
+        act_BTI = act_BTI.to(grad_BTO.dtype)
+        if out is not None and out.dtype != grad_BTO.dtype:
+            return out.copy_(torch.bmm(grad_BTO.mT, act_BTI))
+        return torch.bmm(grad_BTO.mT, act_BTI, out=out)
 
-    def weighted_grad(self, act_BTI: Tensor, grad_BTO: Tensor, factor_B: Tensor) -> Tensor:
+    def weighted_grad(
+        self, act_BTI: Tensor, grad_BTO: Tensor, factor_B: Tensor, *, clip_norm: float
+    ) -> Tensor:
         """Return Σ_b factor_b · G_bᵀA_b, `[O, I]` fp32 or fp64.
 
-        The factor meets the accumulated product, never the operands, and each sample is rounded on
-        its own: no other sample changes the bits that it adds.
+        One product over all samples, except for samples whose terms cancel: each of those is summed
+        on its own, so that the rounding of its large terms meets no other sample. What is left of
+        the rounding is below that of an fp32 sum of contributions of norm `clip_norm`.
         """
         dtype = compute_dtype(grad_BTO.dtype)
+        size_B = magnitudes(act_BTI, grad_BTO) * factor_B
+        used_B = factor_B != 0.0
+        steady_B = used_B & (size_B <= CANCELLING * math.sqrt(act_BTI.shape[1]) * clip_norm)
         total = grad_BTO.new_zeros((grad_BTO.shape[2], act_BTI.shape[2]), dtype=dtype)
-        for act_TI, grad_TO, factor in zip(act_BTI, grad_BTO, factor_B.tolist(), strict=True):
-            if factor != 0.0:
-                total.add_(grad_TO.mT.to(dtype) @ act_TI.to(dtype), alpha=factor)
+        if int(steady_B.sum()) > 1:
+            act, grad, factors = act_BTI, grad_BTO, factor_B
+            if not bool(steady_B.all()):
+                act, grad, factors = act_BTI[steady_B], grad_BTO[steady_B], factor_B[steady_B]
+            act, grad, factors = act.to(dtype), grad.to(dtype), factors.to(dtype)[:, None, None]
+            if act.shape[2] < grad.shape[2]:  # the factor meets the smaller operand
+                act = act * factors
+            else:
+                grad = grad * factors
+            torch.mm(grad.flatten(0, 1).mT, act.flatten(0, 1), out=total)
+        else:
+            steady_B = torch.zeros_like(steady_B)
+        for b in (used_B & ~steady_B).nonzero().flatten().tolist():
+            product = grad_BTO[b].mT.to(dtype) @ act_BTI[b].to(dtype)
+            total.add_(product, alpha=float(factor_B[b]))
         return total
 
     def _direct(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:

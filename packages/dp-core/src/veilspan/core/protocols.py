@@ -25,14 +25,19 @@ class NormKernel(Protocol):
         """Return ⟨AAᵀ, GGᵀ⟩ per sample, `[B]`, without a `[T, T]` buffer."""
         ...
 
-    def per_sample_grad(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
-        """Return GᵀA per sample, `[B, O, I]`, in the dtype of `grad_BTO`."""
+    def per_sample_grad(
+        self, act_BTI: Tensor, grad_BTO: Tensor, *, out: Tensor | None = None
+    ) -> Tensor:
+        """Return GᵀA per sample, `[B, O, I]`, in the dtype of `grad_BTO`; in `out` if given."""
         ...
 
-    def weighted_grad(self, act_BTI: Tensor, grad_BTO: Tensor, factor_B: Tensor) -> Tensor:
+    def weighted_grad(
+        self, act_BTI: Tensor, grad_BTO: Tensor, factor_B: Tensor, *, clip_norm: float
+    ) -> Tensor:
         """Return Σ_b factor_b · G_bᵀA_b, `[O, I]`, accumulated in fp32 or better.
 
         A sample whose factor is zero contributes exactly zero even where its A or G is not finite.
+        `clip_norm` bounds factor_b · ‖G_bᵀA_b‖, which tells how much the terms of a sample cancel.
         """
         ...
 

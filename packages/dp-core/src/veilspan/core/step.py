@@ -240,6 +240,7 @@ class PrivateStep:
     def detach(self) -> None:
         """Undo every patch: the model is the user's own again."""
         self._attachment.detach()
+        self._work.buffers.clear()
         self._attached = False
 
     def state_dict(self) -> dict[str, Any]:

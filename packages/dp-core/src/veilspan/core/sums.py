@@ -109,6 +109,10 @@ class ClippedSum:
         """Whether every sample must be added on its own, because each is rounded on its own."""
         return isinstance(self._accumulator, ExactSum)
 
+    def clip_norm(self, name: str) -> float:
+        """Return the threshold of the group of parameter `name`."""
+        return self._clip_norms[name]
+
     def begin(self, clip_norms: Mapping[str, float]) -> None:
         """Begin a logical batch under these thresholds, by parameter name."""
         self._sums.clear()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from veilspan.core.attachment import Attachment
+from veilspan.core.buffers import SampleBuffers
 from veilspan.core.contributions import NormChoice
 from veilspan.core.groups import Groups
 from veilspan.core.protocols import SequenceShards
@@ -35,6 +36,7 @@ class Workspace:
         shards: Who holds the rest of each sample and parameter.
         sums: The clipped sum of this logical batch.
         norm_method: Norm method of a linear map.
+        buffers: Memory for per-sample gradients.
         within_M: Σ_b (1[norm ≤ C_m] - 1/2) of each group, fp64, where thresholds are adaptive.
     """
 
@@ -43,6 +45,7 @@ class Workspace:
     shards: SequenceShards
     sums: ClippedSum
     norm_method: NormChoice
+    buffers: SampleBuffers = field(default_factory=SampleBuffers)
     within_M: Tensor | None = None
 
     @property

@@ -37,15 +37,18 @@ class ReachPass:
 class Samples:
     """Per-sample gradients `[B, *parameter]` by name, added up over the uses of a parameter."""
 
-    def __init__(self, work: Workspace) -> None:
-        self._work = work
+    def __init__(self, work: Workspace, size: int) -> None:
+        self._work, self._size = work, size
         self._grads: dict[str, Tensor] = {}
 
     def add(self, name: str, part: Contribution) -> None:
         """Add one use, in the parameter's own dtype."""
-        grad_Bx = part.per_sample().to(self._work.owned[name].dtype)
-        known = self._grads.get(name)
-        self._grads[name] = grad_Bx if known is None else known.add_(grad_Bx)
+        parameter, known = self._work.owned[name], self._grads.get(name)
+        if known is not None:
+            known.add_(part.per_sample())
+            return
+        buffer = self._work.buffers.take(name, self._size, parameter)
+        self._grads[name] = part.per_sample(buffer).to(parameter.dtype)
 
     def names(self) -> list[str]:
         """Return the names of the parameters seen so far."""
@@ -84,7 +87,7 @@ class NormPass:
     def __init__(self, work: Workspace, batch: MicroBatch, choose: NormChoice) -> None:
         shape = (len(work.groups), batch.size)
         self.sq_norm_MB = torch.zeros(shape, dtype=torch.float64, device=batch.device)
-        self.shared = Samples(work)
+        self.shared = Samples(work, batch.size)
         self._work, self._batch, self._choose = work, batch, choose
 
     def receive(self, site: Site, inputs: Tensor, grad_output: Tensor) -> None:
@@ -137,7 +140,7 @@ class BookPass:
     ) -> None:
         self._work, self._batch = work, batch
         self._choose, self._slack, self._formed = choose, slack, formed
-        self._shared = Samples(work)
+        self._shared = Samples(work, batch.size)
         self._open: dict[int, list[tuple[str, Contribution]]] = {}
         self._closed: set[int] = set()
         self._awaited: Counter[int] = Counter()

@@ -19,7 +19,7 @@ class PerSample:
         """Form the per-sample gradients, weigh each sample by its factor, add."""
         batch = work.attachment.micro_batch
         assert batch is not None
-        samples, index = Samples(work), work.groups.index
+        samples, index = Samples(work, batch.size), work.groups.index
         batch.differentiate(losses_B.sum(), SamplePass(samples))
         work.attachment.require_owned_gradients_only()
         shape = (len(work.groups), batch.size)

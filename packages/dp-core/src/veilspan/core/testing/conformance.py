@@ -186,7 +186,8 @@ def assert_kernel_conforms(kernel: NormKernel, *, dtype: torch.dtype = torch.flo
             assert ((found - sq_B).abs() <= limit * sq_B).all(), f"{name} is off: {found} {sq_B}"
             assert (found >= sq_B * (1 - 2.0**-18)).all(), f"{name} is below the true norm"
         summed = torch.einsum("b,boi->oi", factor_B, exact)
-        found = kernel.weighted_grad(act, grad, factor_B).double()
+        norm = float((factor_B * sq_B.sqrt()).max()) if batch else 1.0
+        found = kernel.weighted_grad(act, grad, factor_B, clip_norm=norm).double()
         assert (found - summed).norm() <= limit * summed.norm(), "weighted_grad is off"
         found = kernel.per_sample_grad(act, grad).double()
         grain = limit if dtype in (torch.float64, torch.float32) else 1e-2
