@@ -240,7 +240,7 @@ def test_options_outside_of_their_range_are_refused():
     with pytest.raises(ValueError, match="norms is 'quick'"):
         use_veilspan_norms(engine, norms="quick")
     with pytest.raises(TypeError, match="kernel is object"):
-        use_veilspan_norms(engine, kernel=object())
+        use_veilspan_norms(engine, kernel=object())  # pyright: ignore[reportArgumentType]
     use_veilspan_norms(engine)
     with pytest.raises(ValueError, match=r"already uses.*remove\(\)"):
         use_veilspan_norms(engine)
