@@ -114,6 +114,22 @@ def test_norms_and_clipped_gradients_equal_opacus_on_an_mlp(shape):
     assert_same_clipping(model, square_losses, {"x": 3 * torch.randn(shape)})
 
 
+def test_the_batch_may_be_the_second_dimension():
+    torch.manual_seed(0)
+    model, batch = nn.Linear(5, 3), {"x": 3 * torch.randn(7, 4, 5)}
+
+    def losses(model, batch):
+        return model(batch["x"]).square().mean((0, 2))
+
+    found = []
+    for bridged in (False, True):
+        engine = engine_of(model, batch_first=False)
+        if bridged:
+            use_veilspan_norms(engine)
+        found.append(ghost_gradient(engine, losses, batch)[0])
+    torch.testing.assert_close(found[1], found[0], rtol=RTOL, atol=ATOL)
+
+
 @pytest.mark.parametrize("family", ["llama", "llama-bias", "qwen3", "phi"])
 def test_norms_and_clipped_gradients_equal_opacus_on_transformers(
     make_model, make_batch, compute_losses, family

@@ -43,9 +43,10 @@ def use_veilspan_norms(
         ImportError: If Opacus is missing or older than 1.6.
 
     Guarantee:
-        The norm of each layer that took our rule is never below that of its exact gradient: sums
-        are fp32 or wider in every dtype, tokens that cancel are guarded, and an empty batch has no
-        norms. Everything else, noise, sampling and accounting included, stays Opacus' own.
+        The norm of each layer that took our rule is rounded up and guarded against tokens that
+        cancel, so it is not below that of the gradient which Opacus sums in fp32; an empty batch is
+        a step. In bf16 and fp16 norms are fp32, but Opacus' own sum rounds in the model's dtype.
+        Noise, sampling, accounting and all that is not a layer's norm stay Opacus' own.
 
     Examples:
         >>> from torch import nn
