@@ -129,6 +129,22 @@ def test_training_by_make_private_is_the_same_with_the_bridge(wrap_model):
     torch.testing.assert_close(*trained, rtol=1e-4, atol=1e-5)
 
 
+def test_pitfall_2_empty_draws_of_make_private_are_steps():
+    model, sizes = Classifier(), []
+    engine, parts = private_parts(model, noise_multiplier=1.0, batch_size=1)
+    module, optimizer, criterion, loader = parts
+    use_veilspan_norms(module)
+    torch.manual_seed(2)
+    for ids, labels in loader:
+        criterion(module(ids), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sizes.append(len(ids))
+    assert 0 in sizes
+    assert sum(steps for _, _, steps in engine.accountant.history) == len(sizes)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_flat_clipping_of_a_private_step_trains_like_opacus_ghost_clipping():
     torch.manual_seed(1)
     model = Classifier()
