@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from veilspan.core import Flat, PrivateStep
 from veilspan.core.losses import causal_lm_losses
+from veilspan.core.opacus import use_veilspan_norms
 
 CLIP_NORM = 1
 QUICK = {"hidden": 64, "intermediate": 172, "layers": 2, "vocabulary": 256}
@@ -143,9 +144,14 @@ class Veilspan:
 
 
 class OpacusGhost:
-    """Opacus ghost clipping, accumulating over micro-batches as its BatchMemoryManager does."""
+    """Opacus ghost clipping, accumulating over micro-batches as its BatchMemoryManager does.
 
-    def __init__(self, shape: Shape, noise_multiplier: float, *, size: int) -> None:
+    `bridged` with our norms in its engine.
+    """
+
+    def __init__(
+        self, shape: Shape, noise_multiplier: float, *, size: int, bridged: bool = False
+    ) -> None:
         # A rival, installed for benchmarks alone: imported by name, so that types need no Opacus.
         grad_sample = importlib.import_module("opacus.grad_sample")
         optimizers = importlib.import_module("opacus.optimizers")
@@ -158,6 +164,8 @@ class OpacusGhost:
         self._wrapped = grad_sample.GradSampleModuleFastGradientClipping(
             self.model, strict=False, max_grad_norm=CLIP_NORM
         )
+        if bridged:
+            use_veilspan_norms(self._wrapped)
         self._optimizer = optimizers.DPOptimizerFastGradientClipping(
             _adamw(self.model),
             noise_multiplier=noise_multiplier,
@@ -194,6 +202,7 @@ METHODS: dict[str, Callable[[Shape, float], Method]] = {
     ),
     "opacus_ghost_1": lambda shape, noise: OpacusGhost(shape, noise, size=1),
     "opacus_ghost_2": lambda shape, noise: OpacusGhost(shape, noise, size=2),
+    "opacus_bridged_2": lambda shape, noise: OpacusGhost(shape, noise, size=2, bridged=True),
 }
 BASELINES = {
     name: "plain_1" if name in ("single_sample", "opacus_ghost_1") else "plain_2"
