@@ -1,9 +1,9 @@
 """The privacy contract: one record changes the pre-noise sum by at most C(1+1e-6).
 
 A batched forward pass may round the other records' logits differently when a record is gone, since
-matrix products choose their kernels by shape. That is the model's arithmetic and not the clipping's,
-so in batched strategies the neighbour keeps its shape: the record's loss is zero. `single_sample`
-never sees another record, and there the record is really removed.
+matrix products choose their kernels by shape. That is the model's arithmetic and not the
+clipping's, so in batched strategies the neighbour keeps its shape: the record's loss is zero.
+`single_sample` never sees another record, and there the record is really removed.
 """
 
 from __future__ import annotations

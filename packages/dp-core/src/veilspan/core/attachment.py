@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from veilspan.core.errors import PrivacyError
-from veilspan.core.survey import OwnedModule
+from veilspan.core.survey import OwnedModule, trainable_parameters
 from veilspan.core.taps import MicroBatch, Site
 
 
@@ -111,6 +111,38 @@ class Attachment:
             return
         device = next(iter(self.owned.values())).device
         self.micro_batch = MicroBatch(size=size, strategy=strategy, device=device)
+
+    def require_same_parameters(self) -> None:
+        """Refuse parameters that changed after attach.
+
+        Raises:
+            PrivacyError: Naming a parameter that was added, replaced, frozen or unfrozen.
+        """
+        now, before = trainable_parameters(self.model), self.owned
+        changed = [
+            name
+            for name in sorted(now.keys() | before.keys())
+            if now.get(name) is not before.get(name)
+        ]
+        if changed:
+            raise PrivacyError(
+                f"Parameter '{changed[0]}' was added, replaced, frozen or unfrozen after "
+                "PrivateStep was attached, so it would train outside of the mechanism. Call "
+                "step.detach() and build a new PrivateStep."
+            )
+
+    def require_no_gradients(self, when: str, way_out: str) -> None:
+        """Refuse a `.grad` that the step did not make.
+
+        Raises:
+            PrivacyError: Naming a parameter that holds one.
+        """
+        stale = [name for name, p in self.owned.items() if p.grad is not None]
+        if stale:
+            raise PrivacyError(
+                f"Parameter '{stale[0]}' holds a .grad {when} that this step did not make; it "
+                f"would be added to the private gradient. Use {way_out} and no other backward."
+            )
 
     def require_owned_gradients_only(self) -> None:
         """Refuse gradients that reached a parameter around its taps.

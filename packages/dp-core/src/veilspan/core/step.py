@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from veilspan.core.attachment import Attachment
 from veilspan.core.backward import STRATEGIES, Workspace
-from veilspan.core.backward.passes import ReachPass
+from veilspan.core.backward.reach import reaches_its_record_alone
 from veilspan.core.checks import check_losses, check_numbers
 from veilspan.core.errors import PrivacyError
 from veilspan.core.groups import Clipping
@@ -149,8 +149,8 @@ class PrivateStep:
             raise PrivacyError("This PrivateStep was detached from its model; build a new one.")
         if self._entered:
             raise PrivacyError("This PrivateStep is already inside a `with` block; leave it first.")
-        self._require_same_parameters()
-        self._require_no_gradients("before the logical batch", "optimizer.zero_grad()")
+        self._attachment.require_same_parameters()
+        self._attachment.require_no_gradients("before the logical batch", "optimizer.zero_grad()")
         self._entered = True
         self._begin()
         return self
@@ -166,8 +166,10 @@ class PrivateStep:
         self._attachment.activate(False)
         try:
             if kind is None:
-                self._require_same_parameters()
-                self._require_no_gradients("inside the logical batch", "step.backward(losses_B)")
+                self._attachment.require_same_parameters()
+                self._attachment.require_no_gradients(
+                    "inside the logical batch", "step.backward(losses_B)"
+                )
                 self._release()
         except BaseException:
             self._discard()
@@ -276,21 +278,8 @@ class PrivateStep:
 
     def _probe_separability(self, losses_B: Tensor) -> None:
         """Once, on the first micro-batch of two or more: loss 0 must not reach another record."""
-        batch = self._attachment.micro_batch
-        if self._separable or batch is None or batch.size < 2:
-            return
-        reach = ReachPass()
-        batch.differentiate(losses_B[0], reach, keep_graph=True)
-        self._attachment.require_owned_gradients_only()
-        for name, reached_B in reach.reached_B.items():
-            if bool(reached_B[1:].any()):
-                raise PrivacyError(
-                    f"The loss of record 0 depends on other records of the micro-batch (seen at "
-                    f"module '{name}'): clipping one record would not bound its influence. Look "
-                    "for a batch-wide mean, an auxiliary or contrastive loss, attention across "
-                    "records, or a batch dimension that is not first."
-                )
-            self._separable |= bool(reached_B[0]) and bool(losses_B.isfinite().all())
+        if not self._separable:
+            self._separable = reaches_its_record_alone(self._attachment, losses_B)
 
     def _release(self) -> None:
         """Announce, add noise, divide; then let adaptive thresholds move for the next batch."""
@@ -312,26 +301,3 @@ class PrivateStep:
         self._work.sums.discard()
         for parameter in self._attachment.owned.values():
             parameter.grad = None
-
-    def _require_same_parameters(self) -> None:
-        now = trainable_parameters(self._model)
-        before = self._attachment.owned
-        changed = [
-            name
-            for name in sorted(now.keys() | before.keys())
-            if now.get(name) is not before.get(name)
-        ]
-        if changed:
-            raise PrivacyError(
-                f"Parameter '{changed[0]}' was added, replaced, frozen or unfrozen after "
-                "PrivateStep was attached, so it would train outside of the mechanism. Call "
-                "step.detach() and build a new PrivateStep."
-            )
-
-    def _require_no_gradients(self, when: str, way_out: str) -> None:
-        stale = [name for name, p in self._attachment.owned.items() if p.grad is not None]
-        if stale:
-            raise PrivacyError(
-                f"Parameter '{stale[0]}' holds a .grad {when} that this step did not make; it "
-                f"would be added to the private gradient. Use {way_out} and no other backward."
-            )

@@ -7,7 +7,7 @@ needs its per-sample gradient: the norm of a sum is not the sum of the norms.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,22 +16,6 @@ from veilspan.core.backward.base import Workspace
 from veilspan.core.contributions import Contribution, NormChoice
 from veilspan.core.norms import sq_norms
 from veilspan.core.taps import MicroBatch, Site
-
-
-@dataclass
-class ReachPass:
-    """Finds which samples a loss reaches, module by module.
-
-    Args:
-        reached_B: Whether a sample's output gradient is not zero anywhere, by module path.
-    """
-
-    reached_B: dict[str, Tensor] = field(default_factory=dict)
-
-    def receive(self, site: Site, inputs: Tensor, grad_output: Tensor) -> None:
-        """Note the samples whose gradient is neither zero nor 0 · inf."""
-        seen_B = ((grad_output != 0) & grad_output.isfinite()).flatten(1).any(1)
-        self.reached_B[site.name] = self.reached_B.get(site.name, False) | seen_B
 
 
 class Samples:

@@ -1,0 +1,58 @@
+"""Which records a loss reaches: it must be its own and no other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from veilspan.core.attachment import Attachment
+from veilspan.core.errors import PrivacyError
+from veilspan.core.taps import Site
+
+
+@dataclass
+class ReachPass:
+    """Finds which samples a loss reaches, module by module.
+
+    Args:
+        reached_B: Whether a sample's output gradient is not zero anywhere, by module path.
+    """
+
+    reached_B: dict[str, Tensor] = field(default_factory=dict)
+
+    def receive(self, site: Site, inputs: Tensor, grad_output: Tensor) -> None:
+        """Note the samples whose gradient is neither zero nor 0 · inf."""
+        seen_B = ((grad_output != 0) & grad_output.isfinite()).flatten(1).any(1)
+        self.reached_B[site.name] = self.reached_B.get(site.name, False) | seen_B
+
+
+def reaches_its_record_alone(attachment: Attachment, losses_B: Tensor) -> bool:
+    """Return whether the loss of record 0 was seen to reach record 0, and no other.
+
+    Args:
+        attachment: The model, with a micro-batch in progress.
+        losses_B: One loss per record; its graph is kept.
+
+    Returns:
+        False where nothing can be told: fewer than two records, no taps, a gradient of zero.
+
+    Raises:
+        PrivacyError: If the loss reaches another record.
+    """
+    batch = attachment.micro_batch
+    if batch is None or batch.size < 2:
+        return False
+    reach = ReachPass()
+    batch.differentiate(losses_B[0], reach, keep_graph=True)
+    attachment.require_owned_gradients_only()
+    for name, reached_B in reach.reached_B.items():
+        if bool(reached_B[1:].any()):
+            raise PrivacyError(
+                f"The loss of record 0 depends on other records of the micro-batch (seen at module "
+                f"'{name}'): clipping one record would not bound its influence. Look for a "
+                "batch-wide mean, an auxiliary or contrastive loss, attention across records, or a "
+                "batch dimension that is not first."
+            )
+    reached = any(bool(reached_B[0]) for reached_B in reach.reached_B.values())
+    return reached and bool(losses_B.isfinite().all())
