@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -129,8 +130,8 @@ def test_a_clip_norm_that_is_not_positive_is_refused_for_every_kind(kind, clip_n
 
 
 def attach(model, **options):
-    settings = {"noise_multiplier": 0.0, "expected_batch_size": 1.0} | options
-    return PrivateStep(model, **settings)
+    settings: dict[str, Any] = {"noise_multiplier": 0.0, "expected_batch_size": 1.0}
+    return PrivateStep(model, **(settings | options))
 
 
 @pytest.mark.parametrize("clipping", [Flat(clip_norm=1.0), PerBlock(clip_norm=1.0)])

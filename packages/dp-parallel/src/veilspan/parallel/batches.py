@@ -17,8 +17,7 @@ class ShardedBatch:
     Attributes:
         input_ids: `[B, t]` int64.
         labels: `[B, t]` int64, already shifted: the token that follows each input token in the
-        whole
-            sequence, or the ignore index.
+            whole sequence, or the ignore index.
         position_ids: `[B, t]` int64, positions in the whole sequence.
         num_tokens_B: `[B]` int64, per record the number of trained tokens in the *whole* sequence,
             at least 1. Per-sample, therefore secret.

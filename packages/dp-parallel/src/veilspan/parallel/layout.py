@@ -27,8 +27,7 @@ class Layout:
 
     Raises:
         ValueError: If `kind` is unknown, a number is not positive, or `length` is not divisible by
-        N
-            (contiguous) or 2N (zigzag).
+            N (contiguous) or 2N (zigzag).
 
     Examples:
         >>> Layout(length=8, ranks=2, kind="zigzag").positions(0)

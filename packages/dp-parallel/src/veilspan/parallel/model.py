@@ -43,8 +43,7 @@ def shard_model(
         model: The same architecture on every rank, parameters on `mesh.device`.
         mesh: The processes.
         checkpointing: `"full"` keeps only the input of each block and computes the rest again in
-        the
-            backward pass; `"none"` keeps everything.
+            the backward pass; `"none"` keeps everything.
         param_dtype: Compute dtype, for example `torch.bfloat16`, while parameters, reductions and
             gradients keep theirs; None computes in the parameters' own dtype. With a context degree
             of 1 it is applied by autocast.

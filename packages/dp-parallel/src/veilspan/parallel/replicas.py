@@ -44,7 +44,7 @@ class ReplicaReduction:
 
         Args:
             tensors: Local tensors, fp32, fp64 or int64, the same shapes in the same order on every
-            replica.
+                replica.
 
         Raises:
             ValueError: If a tensor is of another dtype or is a DTensor.
