@@ -9,11 +9,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from veilspan.core import Automatic, Clip, Flat
-from veilspan.core.cost import Choice, DeviceRates, cheaper_norm, choose_backward
 from veilspan.core.norms import BlockedKernel, sq_norm
 from veilspan.core.testing import assert_kernel_conforms
-
-RATES = DeviceRates(flops=1e11, bandwidth=1e10, free_bytes=1 << 30)
 
 
 @pytest.mark.parametrize("block_elements", [1, 64, 1 << 22])
@@ -84,18 +81,3 @@ def test_a_clip_norm_that_is_not_positive_is_refused(clip_norm):
 def test_a_gamma_out_of_range_is_refused(gamma):
     with pytest.raises(ValueError, match="gamma is"):
         Automatic(gamma=gamma)
-
-
-def test_cost_model_picks_gram_for_short_and_direct_for_long_sequences():
-    assert cheaper_norm((16, 512, 512), RATES) == "gram"
-    assert cheaper_norm((4096, 512, 512), RATES) == "direct"
-
-
-def test_cost_model_picks_the_strategy_by_size_length_and_memory():
-    assert choose_backward(1, 4096, 10**9, RATES).name == "single_sample"
-    assert choose_backward(4, 4096, 10**6, RATES).name == "per_sample"
-    assert choose_backward(4, 4, 10**6, RATES).name == "two_pass"
-    choice = choose_backward(4, 4096, 10**9, RATES)
-    assert isinstance(choice, Choice)
-    assert choice.name == "two_pass"
-    assert "more than" in choice.reason

@@ -1,43 +1,65 @@
-"""First cost model: seconds and bytes that pick the norm method and the backward strategy."""
+"""The cost model: seconds and bytes that pick norm methods, backward strategy, micro-batch size.
+
+It counts what a strategy costs *beyond* an ordinary backward pass of the same micro-batch. B
+records, T tokens, I and O input and output features, P trainable elements.
+"""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
+from veilspan.core.rates import DeviceRates
+
+_FP32 = 4.0  # bytes
+_STORED_PASSES = 5.0  # write, read for the norm, read, read and write the sum
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceRates:
-    """What the model believes of a device.
+class ModelShape:
+    """What the cost model knows of a model.
 
     Args:
-        flops: Matrix products, floating-point operations per second.
-        bandwidth: Memory traffic of elementwise work, bytes per second.
-        free_bytes: Memory that per-sample gradients may use, bytes.
+        linears: (inputs I, outputs O) of each linear map.
+        parameters: Trainable elements P.
+        largest: Elements of the largest layer.
+        features: Σ(I + O) over the linear maps of the largest clipping group.
+        layered: Whether every clipping group ends within a layer.
     """
 
-    flops: float
-    bandwidth: float
-    free_bytes: int
+    linears: tuple[tuple[int, int], ...]
+    parameters: int
+    largest: int
+    features: int
+    layered: bool
 
-    @classmethod
-    def of(cls, device: torch.device) -> DeviceRates:
-        """Return rates of `device`: a round figure per kind, with its free memory as it is now."""
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            return cls(flops=4e14, bandwidth=2e12, free_bytes=int(0.5 * free))
-        cores = torch.get_num_threads()
-        return cls(flops=5e10 * cores, bandwidth=8e9, free_bytes=int(0.5 * _free_host_bytes()))
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What one strategy would cost beyond an ordinary backward pass.
+
+    Args:
+        name: The strategy.
+        seconds: Time for the micro-batch.
+        bytes: Memory.
+    """
+
+    name: str
+    seconds: float
+    bytes: float
+
+    def __str__(self) -> str:
+        """Return one line of a table."""
+        return f"{self.name:<12} +{self.seconds * 1e3:8.1f} ms  +{self.bytes / 2**20:8.0f} MiB"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A decision of the cost model, with its reason in one sentence."""
+    """A decision of the cost model, with its reason and what it was compared with."""
 
     name: str
     reason: str
+    forecasts: tuple[Forecast, ...] = ()
 
 
 def norm_seconds(method: str, shape: tuple[int, int, int], rates: DeviceRates) -> float:
@@ -50,9 +72,8 @@ def norm_seconds(method: str, shape: tuple[int, int, int], rates: DeviceRates) -
     """
     length, inputs, outputs = shape
     if method == "direct":
-        return (
-            2.0 * length * inputs * outputs / rates.flops + 4.0 * inputs * outputs / rates.bandwidth
-        )
+        product = 2.0 * length * inputs * outputs / rates.flops
+        return product + _FP32 * inputs * outputs / rates.bandwidth
     products = length * length * (inputs + outputs) / rates.flops  # half of the tiles
     return products + 12.0 * length * length / 2 / rates.bandwidth
 
@@ -62,48 +83,94 @@ def cheaper_norm(shape: tuple[int, int, int], rates: DeviceRates) -> str:
     return min(("direct", "gram"), key=lambda method: norm_seconds(method, shape, rates))
 
 
-def choose_backward(
-    size: int, length: int, parameters: int, rates: DeviceRates, *, layered: bool = False
-) -> Choice:
-    """Return the strategy for micro-batches of `size` records of `length` tokens.
+def forecast_all(
+    size: int,
+    length: int,
+    model: ModelShape,
+    rates: DeviceRates,
+    norm_method: Callable[[int, int, int], str],
+) -> list[Forecast]:
+    """Return what each strategy costs for `size` records of `length` tokens, the fastest first.
 
     Args:
         size: Records B of the micro-batch.
         length: Tokens T of each record held here.
-        parameters: Trainable elements P.
+        model: The model.
         rates: The device.
-        layered: Whether every clipping group ends within a layer.
+        norm_method: Norm method of a linear map of (tokens, inputs, outputs).
     """
-    if size <= 1:
-        return Choice(
-            name="single_sample", reason="one record a micro-batch: its gradient is the batch's own"
-        )
-    if layered:
-        return Choice(
-            name="per_layer", reason="every group ends within a layer: nothing has to be kept"
-        )
-    stored = 4 * size * parameters
-    traffic = 3.0 * stored / rates.bandwidth
-    second_pass = 2 * 2.0 * size * length * parameters / rates.flops
-    needs = f"{size} per-sample gradients take {stored / 2**20:.0f} MiB"
-    if stored > rates.free_bytes:
-        limit = f"{needs}, more than {rates.free_bytes / 2**20:.0f} MiB to spare"
-        return Choice(name="two_pass", reason=limit)
-    if second_pass < traffic:
-        return Choice(
-            name="two_pass",
-            reason=f"at {length} tokens a second pass ({second_pass:.2g} s) costs less than moving "
-            f"per-sample gradients ({traffic:.2g} s)",
-        )
-    return Choice(
-        name="per_sample",
-        reason=f"{needs}; moving them ({traffic:.2g} s) costs less than a second pass "
-        f"({second_pass:.2g} s)",
+    parameters = _FP32 * model.parameters
+    stored = _STORED_PASSES * size * parameters / rates.bandwidth
+    products = sum(2.0 * size * length * i * o for i, o in model.linears) / rates.flops
+    norms = sum(
+        size * norm_seconds(norm_method(length, i, o), (length, i, o), rates)
+        for i, o in model.linears
     )
+    scaling = sum(3.0 * _FP32 * size * length * (i + o) for i, o in model.linears)
+    calls = 20.0 * len(model.linears) * rates.call_seconds
+    weighed = norms + (scaling + 3.0 * parameters) / rates.bandwidth + calls
+    kept = "single_sample" if size <= 1 else "per_sample"
+    found = [
+        Forecast(name=kept, seconds=stored, bytes=size * parameters),
+        Forecast(name="bookkeeping", seconds=weighed, bytes=_FP32 * size * length * model.features),
+        # A second pass through everything: input gradients again, and what lies between layers.
+        Forecast(name="two_pass", seconds=weighed + 1.3 * products, bytes=0.0),
+    ]
+    if model.layered:
+        found.append(Forecast(name="per_layer", seconds=0.9 * stored, bytes=_FP32 * model.largest))
+    return sorted(found, key=lambda forecast: forecast.seconds)
 
 
-def _free_host_bytes() -> int:
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not every system tells
-        return 4 << 30
+def choose(forecasts: Sequence[Forecast], memory: float) -> Choice:
+    """Return the fastest strategy that fits into `memory` bytes; `two_pass` always does.
+
+    Args:
+        forecasts: What each strategy costs.
+        memory: Bytes that a strategy may use beyond an ordinary backward pass.
+    """
+    fitting = [forecast for forecast in forecasts if forecast.bytes <= memory]
+    # One record alone needs no rule and no slack: the norm is that of the very numbers it adds.
+    best = min(fitting, key=lambda f: (f.name != "single_sample", f.seconds))
+    if best.name == "single_sample":
+        reason = "one record a micro-batch: its gradient is the batch's own"
+    elif len(fitting) < len(forecasts):
+        reason = f"fastest of those that fit into {memory / 2**20:.0f} MiB"
+    else:
+        reason = "fastest by the cost model"
+    return Choice(name=best.name, reason=reason, forecasts=tuple(forecasts))
+
+
+def best_microbatch(
+    length: int,
+    most: int,
+    model: ModelShape,
+    rates: DeviceRates,
+    norm_method: Callable[[int, int, int], str],
+) -> int:
+    """Return the number of records a micro-batch that takes the least time per record.
+
+    Weights are read, and operations are started, once per micro-batch whatever its size; short
+    sequences share that. Powers of two are tried.
+
+    Args:
+        length: Tokens T of each record.
+        most: Largest micro-batch allowed.
+        model: The model.
+        rates: The device.
+        norm_method: Norm method of a linear map of (tokens, inputs, outputs).
+    """
+
+    def seconds_per_record(size: int) -> float:
+        fits = [
+            forecast
+            for forecast in forecast_all(size, length, model, rates, norm_method)
+            if forecast.bytes <= rates.free_bytes
+        ]
+        if not fits:
+            return float("inf")
+        shared = 3.0 * _FP32 * model.parameters / rates.bandwidth
+        shared += 60.0 * len(model.linears) * rates.call_seconds
+        return (fits[0].seconds + shared) / size
+
+    sizes = [2**k for k in range(max(1, most).bit_length())]
+    return min(sizes, key=seconds_per_record)

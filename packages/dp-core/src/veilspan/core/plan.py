@@ -10,9 +10,17 @@ import torch
 from torch import nn
 
 from veilspan.core.backward import STRATEGIES
-from veilspan.core.cost import Choice, DeviceRates, cheaper_norm, choose_backward
+from veilspan.core.cost import (
+    Choice,
+    ModelShape,
+    best_microbatch,
+    cheaper_norm,
+    choose,
+    forecast_all,
+)
 from veilspan.core.errors import UnsupportedModelError
 from veilspan.core.groups import Groups
+from veilspan.core.rates import DeviceRates
 from veilspan.core.rules.linear import LinearRule
 from veilspan.core.survey import OwnedModule, trainable_parameters
 
@@ -30,16 +38,18 @@ class StrategyPlan:
         norms: `auto`, `direct` or `gram`.
         modules: Modules that own trainable parameters, with their rules.
         degree: Ranks that hold one sequence together.
-        layered: Whether every group ends within one module.
+        shape: The model, as the cost model sees it.
         rates: The device, as the cost model sees it.
+        memory: Bytes that a strategy may use beyond an ordinary backward pass.
     """
 
     backward: str
     norms: str
     modules: Sequence[OwnedModule]
     degree: int
-    layered: bool
+    shape: ModelShape
     rates: DeviceRates
+    memory: float
     chosen: dict[tuple[int, int], Choice] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -51,7 +61,7 @@ class StrategyPlan:
             raise ValueError(f"norms is {self.norms!r}; it must be one of {allowed}.")
         if self.backward != "auto" and STRATEGIES[self.backward].tapped:
             self._require_taps()
-        if self.backward == "per_layer" and not self.layered:
+        if self.backward == "per_layer" and not self.shape.layered:
             raise ValueError(
                 "backward='per_layer' clips a layer before the next one has its gradient, so every "
                 "group must end within a layer. Use clipping=PerLayer(...) or PerParameter(...), "
@@ -79,6 +89,12 @@ class StrategyPlan:
         name = self.chosen[key].name
         return name if STRATEGIES[name].tapped else None
 
+    def best_microbatch(self, length: int, most: int) -> int:
+        """Return the number of records a micro-batch that takes the least time per record."""
+        if self.backward == "single_sample" or self._obstacle() is not None:
+            return 1
+        return best_microbatch(length, most, self.shape, self.rates, self.norm_method)
+
     def norm_method(self, length: int, inputs: int, outputs: int) -> str:
         """Return `direct` or `gram` for one linear map; the cheaper by the cost model on auto."""
         if self.norms != "auto":
@@ -105,6 +121,10 @@ class StrategyPlan:
             f"micro-batch of {size} x {length} tokens: {name} ({self.chosen[size, length].reason})"
             for name, (size, length) in largest.items()
         ] or [f"backward: {self.backward}; decided at the first micro-batch"]
+        for shape in largest.values():
+            if len(self.chosen[shape].forecasts) > 1:
+                lines += [f"  forecast for {shape[0]} x {shape[1]}, beyond an ordinary backward:"]
+                lines += [f"    {forecast}" for forecast in self.chosen[shape].forecasts]
         width = max(len(m.name) for m in self.modules)
         for module in self.modules:
             lines.append(f"  {module.name:<{width}}  {self._path(module, lengths)}")
@@ -127,10 +147,8 @@ class StrategyPlan:
         obstacle = self._obstacle()
         if obstacle is not None:
             return Choice(name="single_sample", reason=obstacle)
-        parameters = {id(p): p.numel() for m in self.modules for p in m.parameters.values()}
-        return choose_backward(
-            size, length, sum(parameters.values()), self.rates, layered=self.layered
-        )
+        forecasts = forecast_all(size, length, self.shape, self.rates, self.norm_method)
+        return choose(forecasts, self.memory)
 
     def _obstacle(self) -> str | None:
         """Return why taps cannot be used on this model, or None."""
@@ -163,25 +181,62 @@ class StrategyPlan:
                 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What the caller asks of a plan.
+
+    Args:
+        backward: `auto` or the name of a strategy.
+        norms: `auto`, `direct` or `gram`.
+        memory_budget: Bytes that `auto` may use beyond an ordinary backward pass; None for half of
+            what is free.
+    """
+
+    backward: str
+    norms: str
+    memory_budget: float | None
+
+    def __post_init__(self) -> None:
+        if self.memory_budget is not None and not self.memory_budget >= 0:
+            raise ValueError(
+                f"memory_budget is {self.memory_budget}; it must be a number of bytes, at least 0."
+            )
+
+
 def plan_for(
-    model: nn.Module,
-    modules: Sequence[OwnedModule],
-    *,
-    backward: str,
-    norms: str,
-    degree: int,
-    groups: Groups,
+    model: nn.Module, modules: Sequence[OwnedModule], groups: Groups, wishes: Wishes, degree: int
 ) -> StrategyPlan:
     """Return the plan of `model` on the device that holds its parameters."""
     names = {id(p): name for name, p in trainable_parameters(model).items()}
     device = next(model.parameters()).device
+    rates = DeviceRates.of(device)
     return StrategyPlan(
-        backward=backward,
-        norms=norms,
+        backward=wishes.backward,
+        norms=wishes.norms,
         modules=modules,
         degree=degree,
+        shape=_shape(groups, modules, names),
+        rates=rates,
+        memory=rates.free_bytes if wishes.memory_budget is None else wishes.memory_budget,
+    )
+
+
+def _shape(groups: Groups, modules: Sequence[OwnedModule], names: Mapping[int, str]) -> ModelShape:
+    """Return what the cost model needs of a model; a tied weight counts once per use."""
+    linears, features = [], [0] * len(groups)
+    elements = {id(p): p.numel() for module in modules for p in module.parameters.values()}
+    for module in modules:
+        weight = module.parameters.get("weight")
+        if isinstance(module.rule, LinearRule) and weight is not None:
+            outputs, inputs = weight.shape
+            linears.append((inputs, outputs))
+            features[groups.index[names[id(weight)]]] += inputs + outputs
+    return ModelShape(
+        linears=tuple(linears),
+        parameters=sum(elements.values()),
+        largest=max(sum(p.numel() for p in m.parameters.values()) for m in modules),
+        features=max(features),
         layered=_end_within_layers(groups, modules, names),
-        rates=DeviceRates.of(device),
     )
 
 

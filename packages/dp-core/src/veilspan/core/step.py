@@ -19,7 +19,7 @@ from veilspan.core.errors import PrivacyError
 from veilspan.core.groups import Clipping
 from veilspan.core.noise import GaussianNoise, new_key
 from veilspan.core.norms import BlockedKernel
-from veilspan.core.plan import plan_for
+from veilspan.core.plan import Wishes, plan_for
 from veilspan.core.protocols import GradientReduction, NoiseSource, NormKernel, SequenceShards
 from veilspan.core.reduction import LocalShards, NoReduction
 from veilspan.core.release import GaussianMechanism, Release
@@ -45,6 +45,8 @@ class PrivateStep:
         norms: `auto`, `direct` or `gram`: norm method of linear maps in `two_pass` and
             `bookkeeping`.
         accumulate: `fp32`, or `exact` for sums of integers: bitwise the same in every order.
+        memory_budget: Bytes that `auto` may use beyond an ordinary backward pass; by default half
+            of the memory that is free now.
         kernel: Per-sample arithmetic of linear maps.
         noise: Noise source; by default a cryptographic stream with a fresh key from the operating
             system.
@@ -89,6 +91,7 @@ class PrivateStep:
         backward: str = "auto",
         norms: str = "auto",
         accumulate: str = "fp32",
+        memory_budget: float | None = None,
         kernel: NormKernel | None = None,
         noise: NoiseSource | None = None,
         shards: SequenceShards | None = None,
@@ -118,14 +121,8 @@ class PrivateStep:
         may_tap = backward != "single_sample" and self._shards.degree == 1
         modules = list(owned_modules(model, (kernel or BlockedKernel()) if may_tap else None))
         groups = clipping.resolve({name: p.numel() for name, p in owned.items()})
-        self._plan = plan_for(
-            model,
-            modules,
-            backward=backward,
-            norms=norms,
-            degree=self._shards.degree,
-            groups=groups,
-        )
+        wishes = Wishes(backward=backward, norms=norms, memory_budget=memory_budget)
+        self._plan = plan_for(model, modules, groups, wishes, self._shards.degree)
         accumulator = accumulator_named(
             accumulate, clip_norm=clipping.clip_norm, expected_batch_size=expected_batch_size
         )
@@ -233,6 +230,15 @@ class PrivateStep:
     def path_of(self, parameter: nn.Parameter) -> str:
         """Return the rule that produces this parameter's norm, or the strategy that needs none."""
         return self._plan.path_of(parameter)
+
+    def best_microbatch(self, length: int, most: int) -> int:
+        """Return the number of records a micro-batch that the cost model finds fastest.
+
+        Args:
+            length: Tokens of each record.
+            most: Largest micro-batch that the caller can hold: activations are the caller's.
+        """
+        return self._plan.best_microbatch(length, most)
 
     def explain(self) -> str:
         """Return the strategies in use, with the reasons, and the path of each trainable module."""

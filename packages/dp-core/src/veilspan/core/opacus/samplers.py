@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from veilspan.core.backward.base import FORMED_SLACK
 from veilspan.core.contributions import Contribution, NormChoice, RowSums
-from veilspan.core.cost import DeviceRates, cheaper_norm
+from veilspan.core.cost import cheaper_norm
 from veilspan.core.errors import UnsupportedModelError
 from veilspan.core.norms import compute_dtype, rounding_guard
 from veilspan.core.opacus.installed import opacus
 from veilspan.core.protocols import NormKernel
+from veilspan.core.rates import DeviceRates
 from veilspan.core.rules import Rule, find_rule
 
 REGISTRIES = ("NORM_SAMPLERS", "GRAD_SAMPLERS")

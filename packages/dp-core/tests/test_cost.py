@@ -1,0 +1,128 @@
+"""The cost model: its choices where they are clear, and the rates it stands on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from veilspan.core import Flat, PerLayer, PrivateStep
+from veilspan.core.cost import ModelShape, best_microbatch, cheaper_norm, choose, forecast_all
+from veilspan.core.rates import DeviceRates
+
+RATES = DeviceRates(flops=1e11, bandwidth=1e10)
+LINEARS = tuple([(512, 512)] * 16 + [(512, 1376)] * 8 + [(1376, 512)] * 4 + [(512, 8192)])
+
+
+def shape(*, layered=False, features=None):
+    elements = sum(i * o for i, o in LINEARS)
+    features = sum(i + o for i, o in LINEARS) if features is None else features
+    return ModelShape(
+        linears=LINEARS,
+        parameters=elements,
+        largest=512 * 8192,
+        features=features,
+        layered=layered,
+    )
+
+
+def method(length, inputs, outputs):
+    return cheaper_norm((length, inputs, outputs), RATES)
+
+
+def chosen(size, length, *, memory=1e12, rates=RATES, **options):
+    return choose(forecast_all(size, length, shape(**options), rates, method), memory)
+
+
+def test_gram_norms_for_short_and_direct_norms_for_long_sequences():
+    assert method(16, 512, 512) == "gram"
+    assert method(4096, 512, 512) == "direct"
+
+
+def test_one_record_is_taken_as_it_is():
+    assert chosen(1, 4096).name == "single_sample"
+    assert "batch's own" in chosen(1, 4096).reason
+
+
+def test_long_records_keep_their_gradients_and_very_short_ones_their_activations():
+    assert chosen(4, 4096).name == "per_sample"
+    assert chosen(64, 8).name == "bookkeeping"
+
+
+def test_what_does_not_fit_into_memory_is_not_chosen():
+    tight = chosen(4, 4096, memory=1e6)
+    assert tight.name == "two_pass"
+    assert "fit into 1 MiB" in tight.reason
+    assert len(tight.forecasts) == 3
+
+
+def test_groups_within_layers_are_clipped_in_place():
+    assert chosen(4, 1024, layered=True).name == "per_layer"
+
+
+def test_small_groups_keep_fewer_books():
+    flat = {f.name: f.bytes for f in chosen(4, 128).forecasts}
+    blocks = {f.name: f.bytes for f in chosen(4, 128, features=4000).forecasts}
+    assert blocks["bookkeeping"] < flat["bookkeeping"] / 5
+
+
+def test_short_records_share_a_micro_batch_and_long_ones_do_not_need_to():
+    sizes = [best_microbatch(t, 64, shape(), RATES, method) for t in (8, 4096)]
+    assert sizes[0] > 8
+    assert best_microbatch(8, 1, shape(), RATES, method) == 1
+
+
+def test_rates_are_measured_once_and_read_from_then_on(tmp_path):
+    cache = tmp_path / "below" / "rates.json"
+    first = DeviceRates.of(torch.device("cpu"), cache=cache)
+    again = DeviceRates.of(torch.device("cpu"), cache=cache)
+    assert (first.flops, first.bandwidth) == (again.flops, again.bandwidth)
+    assert 1e8 < first.flops < 1e15
+    assert 1e8 < first.bandwidth < 1e13
+    assert 1e-8 < first.call_seconds < 1e-2
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"cpu": {"flops": -1}}', '{"cpu": 3}'])
+def test_a_damaged_file_of_rates_is_measured_anew(tmp_path, content):
+    cache = tmp_path / "rates.json"
+    cache.write_text(content)
+    assert DeviceRates.of(torch.device("cpu"), cache=cache).flops > 1e8
+    assert len(json.loads(cache.read_text())) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert DeviceRates.of(torch.device("cpu"), cache=tmp_path / "file" / "rates.json").flops > 1e8
+
+
+def test_explain_shows_the_forecast_of_every_strategy_that_was_compared():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+    step = PrivateStep(
+        model, clipping=PerLayer(clip_norm=1.0), noise_multiplier=0, expected_batch_size=1
+    )
+    with step:
+        step.backward(model(torch.randn(4, 30, 64)).square().flatten(1).sum(1))
+    text = step.explain()
+    for name in ("per_sample", "bookkeeping", "two_pass", "per_layer"):
+        assert f"    {name}" in text
+    assert "MiB" in text
+
+
+def test_a_memory_budget_limits_what_auto_chooses():
+    model = nn.Linear(64, 64)
+    options = {"clipping": Flat(clip_norm=1.0), "noise_multiplier": 0, "expected_batch_size": 1}
+    step = PrivateStep(model, memory_budget=10.0, **options)
+    with step:
+        step.backward(model(torch.randn(4, 300, 64)).square().flatten(1).sum(1))
+    assert "4 x 300 tokens: two_pass" in step.explain()
+    step.detach()
+    with pytest.raises(ValueError, match=r"memory_budget is -1"):
+        PrivateStep(model, memory_budget=-1.0, **options)
+
+
+def test_the_best_micro_batch_of_a_model_without_taps_is_one():
+    model = nn.Linear(64, 64)
+    options = {"clipping": Flat(clip_norm=1.0), "noise_multiplier": 0, "expected_batch_size": 1}
+    assert PrivateStep(model, backward="single_sample", **options).best_microbatch(8, 64) == 1
