@@ -269,6 +269,13 @@ def test_several_processes_without_torchrun_are_refused(
         {"compute__checkpointing": "full"},
         {"model__dtype": "bfloat16"},
         {"compute__microbatch_size": 3, "compute__backward": "two_pass"},
+        {"compute__microbatch_size": 2, "compute__backward": "bookkeeping"},
+        {"privacy__groups": "block", "privacy__sums": "exact"},
+        {
+            "privacy__groups": "layer",
+            "compute__microbatch_size": 2,
+            "compute__backward": "per_layer",
+        },
         {"privacy__clipping": "automatic", "privacy__noise": "philox"},
         {"model__lora": {"rank": 2}, "model__dtype": "bfloat16"},
     ],

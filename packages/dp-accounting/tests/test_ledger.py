@@ -48,6 +48,13 @@ def test_file_is_private_to_its_owner_and_plain_json_lines(path):
     assert [entry["number"] for entry in entries] == [1, 2]
 
 
+def test_two_ledgers_of_one_run_never_begin_alike(tmp_path):
+    paths = [tmp_path / name for name in ("first.jsonl", "second.jsonl")]
+    first, second = [filled(path, 1, run_id="same").read_text() for path in paths]
+    assert first.splitlines()[0] != second.splitlines()[0]
+    assert first.splitlines()[1] != second.splitlines()[1]  # it links to the first line
+
+
 def test_lines_tell_the_day_only_as_the_time_between_releases_would_tell_the_draw(path):
     filled(path, 1)
     (entry,) = [json.loads(line) for line in path.read_text().splitlines()[1:]]

@@ -16,6 +16,9 @@ from veilspan.core import (
     Clip,
     Flat,
     GaussianNoise,
+    PerBlock,
+    PerLayer,
+    PerParameter,
     PhiloxNoise,
     PrivateStep,
     new_key,
@@ -32,6 +35,9 @@ from veilspan.trainer.run_folder import RunInfo, recipe_digest, software_version
 from veilspan.trainer.secrets import key_fingerprint
 from veilspan.trainer.sequences import SequenceLosses
 from veilspan.trainer.tokenizer import load_tokenizer
+
+GROUPS = {"flat": Flat, "block": PerBlock, "layer": PerLayer, "parameter": PerParameter}
+"""Kinds of clipping groups by the name that recipes use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +128,12 @@ def private_step(
     assert plan.expected_batch_size is not None  # budget.privacy_plan always sets it
     return PrivateStep(
         parts.model,
-        clipping=Flat(clip_norm=plan.clip_norm, rule=rule),
+        clipping=GROUPS[privacy.groups](clip_norm=plan.clip_norm, rule=rule),
         noise_multiplier=plan.noise_multiplier,
         expected_batch_size=plan.expected_batch_size,
         backward=compute.backward,
         norms=compute.norms,
+        accumulate=privacy.sums,
         noise=GaussianNoise(noise_key) if privacy.noise == "aes" else PhiloxNoise(noise_key),
         shards=shards,
         reduction=reduction,

@@ -43,6 +43,7 @@ class Recipe(Section):
     def _sections_fit(self) -> Recipe:
         self._check_tokenizer()
         self._check_context()
+        self._check_groups()
         if self.optimizer.warmup_steps > self.privacy.steps:
             raise ValueError(
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, more than "
@@ -79,6 +80,15 @@ class Recipe(Section):
             raise ValueError(
                 f'compute.backward is "{self.compute.backward}"; with parallel.context = '
                 f'{context} it must be "auto" or "single_sample"'
+            )
+
+    def _check_groups(self) -> None:
+        groups = self.privacy.groups
+        if self.compute.backward == "per_layer" and groups not in ("layer", "parameter"):
+            raise ValueError(
+                f'compute.backward is "per_layer" and privacy.groups is "{groups}"; a layer can be '
+                'clipped on its own only where privacy.groups is "layer" or "parameter". Set it, '
+                'or compute.backward = "auto"'
             )
 
     @property

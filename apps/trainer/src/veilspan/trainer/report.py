@@ -238,6 +238,8 @@ def _tokenizer_text(recipe: Recipe) -> str:
 def _mechanism_rows(account: Account, recipe: Recipe, info: RunInfo) -> list[tuple[str, str, str]]:
     plan, q = account.plan, account.plan.sampling_probability
     rule = "scaled down to it" if recipe.privacy.clipping == "clip" else "normalised to it"
+    if recipe.privacy.groups != "flat":
+        rule += f"; shared out equally, one threshold per {recipe.privacy.groups}"
     return [
         ("Sampling", f"q = {q:.6g}", f"each {plan.unit} joins each step independently (Poisson)"),
         ("Expected batch", f"{plan.expected_batch_size:g}", "public divisor of every sum"),

@@ -157,6 +157,15 @@ class Privacy(Section):
     gamma: float = Field(
         default=0.01, ge=0, description="Stability constant of automatic clipping."
     )
+    groups: Literal["flat", "block", "layer", "parameter"] = Field(
+        default="flat",
+        description="Who shares a threshold. The thresholds of all groups are equal, and their "
+        "squares add up to that of clip_norm, so the privacy does not depend on it.",
+    )
+    sums: Literal["fp32", "exact"] = Field(
+        default="fp32",
+        description="exact: clipped gradients are added as integers, without rounding.",
+    )
     noise: Literal["aes", "philox"] = Field(
         default="aes",
         description="aes: cryptographically strong noise. philox: not cryptographic; the privacy "
@@ -232,9 +241,9 @@ class Compute(Section):
         default="none", description="full: recompute activations block by block to save memory."
     )
     microbatch_size: int = Field(default=1, ge=1, description="Units per forward and backward.")
-    backward: Literal["auto", "single_sample", "per_sample", "two_pass"] = Field(
-        default="auto", description="What is kept until the clipping factors are known."
-    )
+    backward: Literal[
+        "auto", "single_sample", "per_sample", "bookkeeping", "two_pass", "per_layer"
+    ] = Field(default="auto", description="What is kept until the clipping factors are known.")
     norms: Literal["auto", "direct", "gram"] = Field(
         default="auto", description="How per-unit gradient norms are computed."
     )

@@ -47,6 +47,7 @@ class Header:
     plan: PrivacyPlan
     budget_epsilon: float | None
     created: str
+    nonce: str  # random: no two ledgers begin alike, even of one run and in one second
 
     def to_line(self) -> bytes:
         """Return the header as a line of the file."""
@@ -58,6 +59,7 @@ class Header:
                 "plan_digest": self.plan.digest,
                 "budget_epsilon": self.budget_epsilon,
                 "created": self.created,
+                "nonce": self.nonce,
             }
         )
 
@@ -137,6 +139,7 @@ def _read_header(line: bytes, name: str) -> Header:
             plan=plan,
             budget_epsilon=fields["budget_epsilon"],
             created=fields["created"],
+            nonce=fields.get("nonce", ""),  # ledgers of version 0.1.0 have none
         )
     except (KeyError, ValueError) as error:
         raise LedgerError(f"{name} has a damaged header: {error}.") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import uuid
 import weakref
 from datetime import UTC, datetime
@@ -91,6 +92,7 @@ class Ledger:
             plan=plan,
             budget_epsilon=None if budget_epsilon is None else float(budget_epsilon),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
+            nonce=secrets.token_hex(8),
         )
         path = Path(path)
         line = header.to_line()
