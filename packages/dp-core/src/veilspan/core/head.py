@@ -165,7 +165,7 @@ def _token_losses(rule: HeadRule, head: nn.Linear, hidden_BTD: Tensor) -> Tensor
 
 def _head_of(model: nn.Module) -> nn.Linear:
     find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
+    head: Any = find() if callable(find) else None
     if head is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} names no head (get_output_embeddings() gives none). Call "
@@ -217,9 +217,9 @@ def _run_without_head(
     tells the map that follows the head, whatever its class and configuration say.
     """
     dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
-    probe_12V = torch.stack(
-        [torch.linspace(-reach, reach, head.out_features, dtype=dtype) for reach in (2.0, 64.0)]
-    )[None].to(head.weight.device)
+    # The second row shows a cap; neither is symmetric, which would hide a change of order.
+    ramps = [torch.linspace(-x, x / 2, head.out_features, dtype=dtype) for x in (2.0, 64.0)]
+    probe_12V = torch.stack(ramps)[None].to(head.weight.device)
     seen: list[Tensor] = []
 
     def answer(input: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ def _map_between(probe_2V: Tensor, logits: Tensor, caps: list[float]) -> LogitMa
 
 
 def _settings(model: nn.Module) -> dict[str, Any]:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     return config.to_dict() if hasattr(config, "to_dict") else {}

@@ -20,7 +20,7 @@ from veilspan.core.norms import compute_dtype
 
 @dataclass(frozen=True, kw_only=True)
 class LogitMap:
-    """What a model makes of the output x of its head: `scale · x`, or `cap · tanh(scale · x / cap)`.
+    """What a model makes of its head's output x: `scale · x`, or `cap · tanh(scale · x / cap)`.
 
     Args:
         scale: Factor, as in Granite and Cohere.
