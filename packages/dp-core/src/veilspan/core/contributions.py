@@ -189,6 +189,44 @@ class Lookups:
         _add_each(self, sums, name, factor_B)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recomputed:
+    """Gradient that is formed anew, for one sample at a time, whenever it is asked for.
+
+    The norm is taken of the numbers that are added: both come out of the same arithmetic on the
+    same saved tensors, so no guard for the rounding of other arithmetic is needed.
+
+    Args:
+        size: Samples B.
+        form: Returns the gradient of sample b in fp32 or fp64.
+    """
+
+    size: int
+    form: Callable[[int], Tensor]
+
+    def per_sample(self) -> Tensor:
+        """Return the gradient of each sample, `[B, *parameter]`."""
+        first = self.form(0)
+        grad_Bx = first.new_empty((self.size, *first.shape))
+        grad_Bx[0] = first
+        del first  # one gradient less at the peak
+        for b in range(1, self.size):
+            grad_Bx[b] = self.form(b)
+        return grad_Bx
+
+    def sample(self, b: int) -> Dense:
+        """Return the gradient of sample `b`."""
+        return Dense(gradient=self.form(b))
+
+    def sq_norms(self, choose: NormChoice) -> Tensor:
+        """Return the squared norms; there is no factored form for `choose` to choose."""
+        return torch.stack([sq_norm(self.form(b)) for b in range(self.size)])
+
+    def add_to(self, sums: ClippedSum, name: str, factor_B: Tensor) -> None:
+        """Add Σ_b factor_b · gradient_b."""
+        _add_each(self, sums, name, factor_B)
+
+
 def _add_each(part: Contribution, sums: ClippedSum, name: str, factor_B: Tensor) -> None:
     """Add sample by sample; a zero factor drops its sample whatever it is."""
     for b, factor in enumerate(factor_B.tolist()):

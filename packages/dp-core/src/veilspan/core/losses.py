@@ -50,16 +50,41 @@ def causal_lm_losses(
         >>> causal_lm_losses(logits, labels)
         tensor([1.3863, 0.0000])
     """
-    _check_tensors(logits, labels)
-    _check_options(reduction, shifted, num_tokens_B, len(logits))
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.is_floating_point():
+        raise ValueError(
+            f"logits is {describe(logits)}; it must be floating point, [B, T, V]. Pass the "
+            "model's `.logits`, with the batch dimension kept: a flattened batch has no records."
+        )
+    check_labels(labels, logits, "logits")
+    check_options(reduction, shifted, num_tokens_B, len(logits))
+    targets_BT, counted_BT = scored_tokens(labels, ignore_index, shifted, logits.shape[-1])
+    losses_BT = _TokenLosses.apply(logits, targets_BT, counted_BT)
+    return reduce_tokens(losses_BT, counted_BT, reduction, num_tokens_B)
+
+
+def scored_tokens(
+    labels: Tensor, ignore_index: int, shifted: bool, vocabulary: int
+) -> tuple[Tensor, Tensor]:
+    """Return the target of each position, a valid id everywhere, and whether it counts, `[B, T]`.
+
+    Raises:
+        ValueError: If (labels on the CPU) a label is outside of the vocabulary.
+    """
     targets_BT = labels.long()
     if not shifted:
         next_BT = targets_BT[:, 1:]
         targets_BT = torch.full_like(targets_BT, ignore_index)
         targets_BT[:, :-1] = next_BT
     counted_BT = targets_BT != ignore_index
-    _check_range(targets_BT, counted_BT, logits.shape[-1])
-    losses_B = _TokenLosses.apply(logits, targets_BT, counted_BT).sum(1)
+    _check_range(targets_BT, counted_BT, vocabulary)
+    return targets_BT.masked_fill(~counted_BT, 0), counted_BT
+
+
+def reduce_tokens(
+    losses_BT: Tensor, counted_BT: Tensor, reduction: str, num_tokens_B: Tensor | None
+) -> Tensor:
+    """Return the loss of each record, `[B]`: the sum over its tokens, or their mean."""
+    losses_B = losses_BT.sum(1)
     if reduction == "sum":
         return losses_B
     here_B = counted_BT.sum(1)
@@ -80,7 +105,7 @@ class _TokenLosses(torch.autograd.Function):
     def forward(ctx: Any, logits_BTV: Tensor, targets_BT: Tensor, counted_BT: Tensor) -> Tensor:
         wide = torch.promote_types(logits_BTV.dtype, torch.float32)
         logits_NV = logits_BTV.reshape(-1, logits_BTV.shape[-1])
-        targets_N = targets_BT.masked_fill(~counted_BT, 0).reshape(-1)
+        targets_N = targets_BT.reshape(-1)
         highest_N, sums_N, losses_N = logits_NV.new_empty(3, len(logits_NV), dtype=wide)
         for rows in _row_chunks(logits_NV):
             chunk = logits_NV[rows].to(wide)
@@ -119,23 +144,28 @@ def _row_chunks(logits_NV: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-def _check_tensors(logits: Tensor, labels: Tensor) -> None:
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or not logits.is_floating_point():
-        raise ValueError(
-            f"logits is {_describe(logits)}; it must be floating point, [B, T, V]. Pass the "
-            "model's `.logits`, with the batch dimension kept: a flattened batch has no records."
-        )
+def check_labels(labels: Tensor, scored: Tensor, name: str) -> None:
+    """Refuse labels that are not one token id for each position of `scored`, `[B, T, …]`.
+
+    Raises:
+        ValueError: Naming the argument, what it is, what is allowed, and the way out.
+    """
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"labels is {_describe(labels)}; it must be int64 token ids, [B, T].")
-    if labels.shape != logits.shape[:2]:
+        raise ValueError(f"labels is {describe(labels)}; it must be int64 token ids, [B, T].")
+    if labels.shape != scored.shape[:2]:
         raise ValueError(
-            f"labels has shape {tuple(labels.shape)}, but logits has {tuple(logits.shape)}; labels "
-            f"must be {tuple(logits.shape[:2])}. Cut neither: the shift by one happens here, or "
+            f"labels has shape {tuple(labels.shape)}, but {name} has {tuple(scored.shape)}; labels "
+            f"must be {tuple(scored.shape[:2])}. Cut neither: the shift by one happens here, or "
             "pass shifted=True with labels that are shifted and padded with ignore_index."
         )
 
 
-def _check_options(reduction: str, shifted: bool, num_tokens_B: Tensor | None, size: int) -> None:
+def check_options(reduction: str, shifted: bool, num_tokens_B: Tensor | None, size: int) -> None:
+    """Refuse a reduction that is not a record's own, or counts that do not fit it.
+
+    Raises:
+        ValueError: Naming the argument, its value, what is allowed, and the way out.
+    """
     if reduction not in ("mean", "sum"):
         raise ValueError(
             f"reduction is {reduction!r}; it must be 'mean' or 'sum', each over a record's own "
@@ -150,7 +180,7 @@ def _check_options(reduction: str, shifted: bool, num_tokens_B: Tensor | None, s
         )
     if num_tokens_B.shape != (size,) or num_tokens_B.is_floating_point():
         raise ValueError(
-            f"num_tokens_B is {_describe(num_tokens_B)}; it must be one whole number per record, "
+            f"num_tokens_B is {describe(num_tokens_B)}; it must be one whole number per record, "
             f"[{size}]."
         )
 
@@ -177,7 +207,8 @@ def _check_counts(num_tokens_B: Tensor, here_B: Tensor) -> None:
         )
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """Return what `value` is, for a message."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
     return f"a {type(value).__name__}"
