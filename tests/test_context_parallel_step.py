@@ -50,6 +50,24 @@ def test_clipped_sums_equal_the_per_sample_loop(found, mesh):
 
 
 @on_every_mesh
+def test_groups_are_clipped_alike_on_every_mesh(found, mesh):
+    for report in found[mesh]:
+        assert max(report["choices"]["errors"].values()) <= 1e-10
+
+
+def test_exact_sums_are_bitwise_the_same_for_one_replica_and_for_two(found):
+    """With whole sequences on a rank, a record's gradient has the same bits wherever it is made."""
+    digests = {r["choices"]["exact digest"] for mesh in ("1x1", "2x1") for r in found[mesh]}
+    assert len(digests) == 1
+
+
+def test_pitfall_18_adaptive_thresholds_are_equal_on_every_rank_and_mesh(found):
+    first, *others = values(found, "choices", "thresholds")
+    assert len(set(first.values())) > 1
+    assert all(other == first for other in others)
+
+
+@on_every_mesh
 def test_pitfall_34_norms_of_aligned_parts_are_those_of_the_whole_record(found, mesh):
     """One token repeated: every rank's part of the gradient points the same way."""
     for report in found[mesh]:

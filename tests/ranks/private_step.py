@@ -9,28 +9,40 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from kit import (
+    CLIP_NORM,
+    KEY,
+    LENGTH,
+    RECORDS,
+    add_records,
+    full,
+    llama,
+    losses_of,
+    oracle,
+    private_step,
+    relative,
+    whole,
+)
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from veilspan.core import Flat, GaussianNoise, PrivateStep, poisson_batches
-from veilspan.core.losses import causal_lm_losses
-from veilspan.core.testing.oracle import Oracle
+from veilspan.core import (
+    GaussianNoise,
+    PerBlock,
+    PerLayer,
+    PrivateQuantile,
+    poisson_batches,
+)
 from veilspan.parallel import (
     ContextShards,
     Layout,
     ParallelMesh,
-    ReplicaReduction,
     build_mesh,
     context_parallel,
     register_attention,
-    shard_batch,
     shard_model,
 )
 from veilspan.parallel.testing import rank_main
 
-LENGTH, RECORDS, CLIP_NORM = 24, 5, 0.5
-KEY = hashlib.sha256(b"a key for tests only").digest()
 MESHES = {1: [(1, 1)], 2: [(1, 2), (2, 1)], 4: [(1, 4), (2, 2)]}
 
 
@@ -45,96 +57,6 @@ class Wide(nn.Module):
         for block in self.blocks:
             inputs = block(inputs)
         return inputs
-
-
-def llama(dtype: torch.dtype, attention: str, *, tied: bool = False) -> nn.Module:
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        use_cache=False,
-    )
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
-
-
-def records() -> tuple[Tensor, Tensor]:
-    """Different records, one of a single token (its parts are aligned), one without labels."""
-    torch.manual_seed(1)
-    input_ids = torch.randint(1, 61, (RECORDS, LENGTH))
-    input_ids[1] = 7
-    labels = input_ids.clone()
-    labels[2, : LENGTH // 2] = -100
-    labels[3] = -100
-    return input_ids, labels
-
-
-def private_step(model: nn.Module, mesh: ParallelMesh, **options: Any) -> PrivateStep:
-    defaults: dict[str, Any] = {
-        "clipping": Flat(clip_norm=CLIP_NORM),
-        "noise_multiplier": 0.0,
-        "expected_batch_size": 1.0,
-        "backward": "single_sample",
-        "shards": ContextShards(mesh),
-        "reduction": ReplicaReduction(mesh),
-    }
-    return PrivateStep(model, **{**defaults, **options})
-
-
-def losses_of(model: nn.Module, mesh: ParallelMesh, layout: Layout, record: int) -> Tensor:
-    input_ids, labels = (x[[record]] for x in records())
-    part = shard_batch(input_ids, labels, layout, mesh.context_rank)
-    logits = model(input_ids=part.input_ids, position_ids=part.position_ids).logits
-    return causal_lm_losses(logits, part.labels, shifted=True, num_tokens_B=part.num_tokens_B)
-
-
-def add_records(
-    step: PrivateStep, mesh: ParallelMesh, layout: Layout, mine: list[int], *, poison: int = -1
-) -> None:
-    """Run one logical batch of the records `mine`; `poison` is not finite on one rank only."""
-    with step, context_parallel(mesh, layout):
-        for record in mine:
-            losses_B = losses_of(step.model, mesh, layout, record)
-            if record == poison and mesh.context_rank == mesh.context_degree - 1:
-                losses_B = losses_B * math.nan
-            step.backward(losses_B)
-
-
-def whole(step: PrivateStep) -> dict[str, Tensor]:
-    """Every gradient in full, in fp64."""
-    found = {}
-    for name, parameter in step.parameters.items():
-        grad = parameter.grad
-        assert grad is not None
-        found[name] = full(grad).double()
-    return found
-
-
-def full(tensor: Tensor) -> Tensor:
-    """Return all of a tensor that may be split over ranks."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def relative(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    length = torch.stack([x.square().sum() for x in expected.values()]).sum().sqrt()
-    difference = torch.stack([(found[n] - x).square().sum() for n, x in expected.items()])
-    return (difference.sum().sqrt() / length).item()
-
-
-def oracle(tied: bool, chosen: list[int]) -> dict[str, Tensor]:
-    model = llama(torch.float64, "sdpa", tied=tied)
-    input_ids, labels = (x[chosen] for x in records())
-    return Oracle.of(
-        model,
-        lambda m, batch: causal_lm_losses(m(batch["input_ids"]).logits, batch["labels"]),
-        {"input_ids": input_ids, "labels": labels},
-        Flat(clip_norm=CLIP_NORM),
-    ).clipped_sum
 
 
 def clipped_sums(mesh: ParallelMesh) -> dict[str, float]:
@@ -176,6 +98,35 @@ def uneven(mesh: ParallelMesh) -> dict[str, float]:
     length = torch.stack([x.square().sum() for x in whole(step).values()]).sum().sqrt()
     found["aligned parts"] = length.item() / CLIP_NORM
     return found
+
+
+def choices(mesh: ParallelMesh) -> dict[str, Any]:
+    """Groups against the per-sample loop, exact sums bit by bit, adaptive thresholds per rank."""
+    layout = Layout(length=LENGTH, ranks=mesh.context_degree)
+    mine = list(range(RECORDS))[mesh.replicate_rank :: mesh.replicate_degree]
+
+    def step_with(**options: Any) -> Any:
+        step = private_step(
+            shard_model(llama(torch.float64, register_attention()), mesh), mesh, **options
+        )
+        add_records(step, mesh, layout, mine)
+        return step
+
+    errors = {}
+    for clipping in (PerLayer(clip_norm=CLIP_NORM), PerBlock(clip_norm=CLIP_NORM)):
+        found = whole(step_with(clipping=clipping))
+        errors[type(clipping).__name__] = relative(found, oracle(False, range(RECORDS), clipping))
+    exact = torch.cat([x.flatten() for x in whole(step_with(accumulate="exact")).values()])
+    adaptive = step_with(
+        clipping=PerLayer(clip_norm=CLIP_NORM, adaptive=PrivateQuantile()),
+        noise_multiplier=1.0,
+        noise=GaussianNoise(KEY),
+    )
+    return {
+        "errors": errors,
+        "exact digest": hashlib.sha256(exact.numpy().tobytes()).hexdigest(),
+        "thresholds": adaptive.state_dict()["clip_norms"],
+    }
 
 
 def naive_norm_ratio(mesh: ParallelMesh) -> float:
@@ -283,6 +234,7 @@ def body(arguments: list[str]) -> dict[str, Any]:
             "rank": [mesh.replicate_rank, mesh.context_rank],
             "clipped sums": clipped_sums(mesh),
             "uneven": uneven(mesh),
+            "choices": choices(mesh),
             "naive norm": naive_norm_ratio(mesh),
             "noise": noise(mesh),
             "twenty steps": twenty_steps(mesh),

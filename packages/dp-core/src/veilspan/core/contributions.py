@@ -204,10 +204,10 @@ class Recomputed:
     size: int
     form: Callable[[int], Tensor]
 
-    def per_sample(self) -> Tensor:
+    def per_sample(self, out: Tensor | None = None) -> Tensor:
         """Return the gradient of each sample, `[B, *parameter]`."""
         first = self.form(0)
-        grad_Bx = first.new_empty((self.size, *first.shape))
+        grad_Bx = first.new_empty((self.size, *first.shape)) if out is None else out
         grad_Bx[0] = first
         del first  # one gradient less at the peak
         for b in range(1, self.size):

@@ -269,6 +269,7 @@ class ByPattern(Clipping):
             ValueError: If a pattern matches no parameter, a parameter is in no group, or the
                 budgets do not fit the groups.
         """
+        # Overrides, since only here can a name be wrong and match nothing.
         for group, patterns in self.patterns.items():
             for pattern in _listed(patterns):
                 if not fnmatch.filter(sizes, pattern):
