@@ -1,7 +1,7 @@
 """Memory for per-sample gradients that is kept from one micro-batch to the next.
 
-On a CPU every large tensor comes as fresh pages from the operating system, which costs more than
-the arithmetic on it when sequences are short. On a GPU torch's caching allocator does the same job.
+On a CPU every large tensor would come as fresh pages from the operating system. On a GPU torch's
+caching allocator does the same job.
 """
 
 from __future__ import annotations

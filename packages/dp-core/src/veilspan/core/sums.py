@@ -19,12 +19,17 @@ from veilspan.core.protocols import GradientReduction, SequenceShards
 class Accumulator(Protocol):
     """How contributions to one parameter are added, and what the sum is in numbers."""
 
+    @property
+    def sample_by_sample(self) -> bool:
+        """Whether every sample must be added on its own, because each is rounded on its own."""
+        ...
+
     def start(self, shape: torch.Size, gradient: Tensor) -> Tensor:
         """Return a sum of zeros of `shape` for gradients like `gradient`."""
         ...
 
-    def quantised(self, gradient: Tensor, factor: float, clip_norm: float) -> Tensor | None:
-        """Return `factor · gradient` in the units of the sum; None where the sum scales itself."""
+    def scaled(self, gradient: Tensor, factor: float, clip_norm: float) -> tuple[Tensor, float]:
+        """Return (x, a) such that a·x is `factor · gradient` in the units of the sum."""
         ...
 
     def value(self, total: Tensor, clip_norm: float) -> Tensor:
@@ -43,13 +48,16 @@ class RoundedSum:
         `ExactSum` has no such term.
     """
 
+    sample_by_sample = False
+
     def start(self, shape: torch.Size, gradient: Tensor) -> Tensor:
         """Return zeros in fp32 or fp64."""
         dtype = torch.promote_types(gradient.dtype, torch.float32)
         return torch.zeros(shape, dtype=dtype, device=gradient.device)
 
-    def quantised(self, gradient: Tensor, factor: float, clip_norm: float) -> None:
-        """Return None: the sum scales and adds in one pass."""
+    def scaled(self, gradient: Tensor, factor: float, clip_norm: float) -> tuple[Tensor, float]:
+        """Return both as they are: the sum scales and adds in one pass."""
+        return gradient, factor
 
     def value(self, total: Tensor, clip_norm: float) -> Tensor:
         """Return the sum itself."""
@@ -69,14 +77,16 @@ class ExactSum:
 
     BITS = 40
     MOST_RECORDS = 2**22
+    sample_by_sample = True
 
     def start(self, shape: torch.Size, gradient: Tensor) -> Tensor:
         """Return zeros in int64."""
         return torch.zeros(shape, dtype=torch.int64, device=gradient.device)
 
-    def quantised(self, gradient: Tensor, factor: float, clip_norm: float) -> Tensor:
+    def scaled(self, gradient: Tensor, factor: float, clip_norm: float) -> tuple[Tensor, int]:
         """Return `factor · gradient` in multiples of C_m·2⁻⁴⁰, truncated toward zero, int64."""
-        return (gradient.double() * (factor * (2.0**self.BITS / clip_norm))).to(torch.int64)
+        grains = gradient.double() * (factor * (2.0**self.BITS / clip_norm))
+        return grains.to(torch.int64), 1
 
     def value(self, total: Tensor, clip_norm: float) -> Tensor:
         """Return the sum in fp64."""
@@ -107,7 +117,7 @@ class ClippedSum:
     @property
     def sample_by_sample(self) -> bool:
         """Whether every sample must be added on its own, because each is rounded on its own."""
-        return isinstance(self._accumulator, ExactSum)
+        return self._accumulator.sample_by_sample
 
     def clip_norm(self, name: str) -> float:
         """Return the threshold of the group of parameter `name`."""
@@ -123,22 +133,16 @@ class ClippedSum:
         if factor == 0.0:
             return
         total = self._total(name, gradient.shape, gradient)
-        part = self._accumulator.quantised(gradient, factor, self._clip_norms[name])
-        if part is None:
-            total.add_(gradient, alpha=factor)
-        else:
-            total.add_(part)
+        part, alpha = self._accumulator.scaled(gradient, factor, self._clip_norms[name])
+        total.add_(part, alpha=alpha)
 
     def add_rows_(self, name: str, rows: Tensor, gradient_RD: Tensor, factor: float) -> None:
         """Add `factor · gradient` to distinct rows of parameter `name`."""
         if factor == 0.0:
             return
         total = self._total(name, self._parameters[name].shape, gradient_RD)
-        part = self._accumulator.quantised(gradient_RD, factor, self._clip_norms[name])
-        if part is None:
-            total.index_add_(0, rows, gradient_RD.to(total.dtype), alpha=factor)
-        else:
-            total.index_add_(0, rows, part)
+        part, alpha = self._accumulator.scaled(gradient_RD, factor, self._clip_norms[name])
+        total.index_add_(0, rows, part.to(total.dtype), alpha=alpha)
 
     def add_samples_(self, name: str, grad_Bx: Tensor, factor_B: Tensor) -> None:
         """Add Σ_b factor_b · grad_b; a zero factor drops its sample, finite or not."""
