@@ -51,6 +51,9 @@ FAMILIES = {
     "phi": ("phi", BASE),
     "phi3": ("phi3", BASE),
     "gpt2": ("gpt2", GPT2),
+    "mixtral": ("mixtral", BASE),
+    "qwen2_moe": ("qwen2_moe", BASE),
+    "qwen3_moe": ("qwen3_moe", BASE),
 }
 
 

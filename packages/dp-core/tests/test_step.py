@@ -276,23 +276,36 @@ def test_pitfall_37_batch_norm_is_refused_under_every_strategy():
             attach(model, backward=backward)
 
 
-def test_unknown_modules_are_refused_outside_of_single_sample():
-    class Scale(nn.Module):
+def test_positions_first_is_refused_outside_of_single_sample():
+    class Last(nn.Module):
         def __init__(self):
             super().__init__()
-            self.matrix = nn.Parameter(torch.eye(3))
+            self.rnn = nn.LSTM(3, 3)
 
         def forward(self, x):
-            return x @ self.matrix @ self.matrix
+            return self.rnn(x.transpose(0, 1))[0][-1]
 
-    model = nn.Sequential(nn.Linear(3, 3), Scale())
-    with pytest.raises(UnsupportedModelError, match=r"Module '1' \(Scale\) owns trainable"):
+    last = Last()
+    model = nn.Sequential(nn.Linear(3, 3), last)
+    with pytest.raises(
+        UnsupportedModelError, match=r"Module '1\.rnn' \(LSTM\) has positions first"
+    ):
         attach(model)
     step = attach(model, backward="auto")
     with step:
-        step.backward(square_losses(model, torch.randn(1, 3)))
-    assert "no rule gives per-sample gradients of '1'" in step.explain()
-    assert model[1].matrix.grad is not None
+        step.backward(square_losses(model, torch.randn(1, 4, 3)))
+    assert "'1.rnn' has positions first" in step.explain()
+    assert last.rnn.weight_hh_l0.grad is not None
+
+
+def test_a_second_step_on_the_same_model_is_refused():
+    model = nn.Sequential(nn.Linear(3, 3))
+    first = attach(model)
+    with pytest.raises(UnsupportedModelError, match="patched by another PrivateStep"):
+        attach(model)
+    first.detach()
+    attach(model).detach()
+    assert "forward" not in vars(model[0])
 
 
 @pytest.mark.parametrize("change", ["freeze", "add", "replace", "unfreeze"])

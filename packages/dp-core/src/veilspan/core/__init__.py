@@ -6,6 +6,7 @@ from veilspan.core.errors import PrivacyError, UnsupportedModelError
 from veilspan.core.groups import ByPattern, Flat, PerBlock, PerLayer, PerParameter
 from veilspan.core.noise import GaussianNoise, PhiloxNoise, new_key
 from veilspan.core.release import Release
+from veilspan.core.rules import RecordsAlone, register_rule
 from veilspan.core.sampling import Draw, poisson_batches
 from veilspan.core.step import PrivateStep
 
@@ -23,8 +24,10 @@ __all__ = [
     "PrivacyError",
     "PrivateQuantile",
     "PrivateStep",
+    "RecordsAlone",
     "Release",
     "UnsupportedModelError",
     "new_key",
     "poisson_batches",
+    "register_rule",
 ]

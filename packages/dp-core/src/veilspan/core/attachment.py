@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veilspan.core.errors import PrivacyError
+from veilspan.core.compiled import keep_saved_tensors
+from veilspan.core.errors import PrivacyError, UnsupportedModelError
+from veilspan.core.lone import LoneSite
+from veilspan.core.rules import RecordsAlone
 from veilspan.core.survey import OwnedModule, trainable_parameters
-from veilspan.core.taps import MicroBatch, Site
+from veilspan.core.taps import FactorSite, MicroBatch, Site
 
 
 class Attachment:
@@ -47,14 +50,22 @@ class Attachment:
 
     def _patch(self, owned: OwnedModule) -> Site:
         assert owned.rule is not None
-        site = Site(
-            name=owned.name,
-            module=owned.module,
-            rule=owned.rule,
-            owned={local: self._names[id(p)] for local, p in owned.parameters.items()},
-            micro_batch=self._current,
-            forward=owned.module.forward,
-        )
+        if isinstance(owned.module.__dict__.get("forward"), Site):
+            raise UnsupportedModelError(
+                f"Module '{owned.name}' is patched by another PrivateStep, which would lose "
+                "sight of it. Call detach() of that step first."
+            )
+        parts: dict[str, Any] = {
+            "name": owned.name,
+            "module": owned.module,
+            "owned": {local: self._names[id(p)] for local, p in owned.parameters.items()},
+            "progress": self,
+            "forward": owned.module.forward,
+        }
+        if isinstance(owned.rule, RecordsAlone):
+            site = LoneSite(rule=owned.rule, everything=self.owned, **parts)
+        else:
+            site = FactorSite(rule=owned.rule, **parts)
         owned.module.forward = site  # pyright: ignore[reportAttributeAccessIssue]
         return site
 
@@ -72,6 +83,8 @@ class Attachment:
         """Let forward passes count as micro-batches, or stop it."""
         self._active = active
         self.end_micro_batch()
+        if self.sites:
+            keep_saved_tensors(active)
 
     def end_micro_batch(self) -> None:
         """Forget the taps of the micro-batch in progress."""
@@ -91,7 +104,7 @@ class Attachment:
         if not torch.is_grad_enabled():
             self._inference = max(0, self._inference - 1)
 
-    def _current(self, inputs: Tensor) -> MicroBatch | None:
+    def batch_of(self, inputs: Tensor) -> MicroBatch | None:
         """Return the micro-batch that a site's call belongs to; None to pass it through."""
         if not self._active or self._inference:
             return None
@@ -110,7 +123,7 @@ class Attachment:
             self.micro_batch = None
             return
         device = next(iter(self.owned.values())).device
-        self.micro_batch = MicroBatch(size=size, strategy=strategy, device=device)
+        self.micro_batch = MicroBatch(size=size, strategy=strategy, device=device, sites=self.sites)
 
     def require_same_parameters(self) -> None:
         """Refuse parameters that changed after attach.

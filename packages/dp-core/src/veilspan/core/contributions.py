@@ -227,6 +227,33 @@ class Recomputed:
         _add_each(self, sums, name, factor_B)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Formed:
+    """Gradient that autograd has formed for each sample; kept as it is.
+
+    Args:
+        gradients: One for each sample, in the parameter's dtype.
+    """
+
+    gradients: tuple[Tensor, ...]
+
+    def per_sample(self, out: Tensor | None = None) -> Tensor:
+        """Return the gradients, `[B, *parameter]`."""
+        return torch.stack(self.gradients, out=out)
+
+    def sample(self, b: int) -> Dense:
+        """Return the gradient of sample `b`."""
+        return Dense(gradient=self.gradients[b])
+
+    def sq_norms(self, choose: NormChoice) -> Tensor:
+        """Return the squared norms; there is no factored form for `choose` to choose."""
+        return torch.stack([sq_norm(gradient) for gradient in self.gradients])
+
+    def add_to(self, sums: ClippedSum, name: str, factor_B: Tensor) -> None:
+        """Add Σ_b factor_b · gradient_b."""
+        _add_each(self, sums, name, factor_B)
+
+
 def _add_each(part: Contribution, sums: ClippedSum, name: str, factor_B: Tensor) -> None:
     """Add sample by sample; a zero factor drops its sample whatever it is."""
     for b, factor in enumerate(factor_B.tolist()):

@@ -25,7 +25,7 @@ from veilspan.core.losses import (
     scored_tokens,
 )
 from veilspan.core.rules.head import HeadRule, LogitMap
-from veilspan.core.taps import Site
+from veilspan.core.taps import FactorSite
 
 _CHUNK_ELEMENTS_HOST = 2**23
 _CHUNK_ELEMENTS_DEVICE = 2**27  # every chunk adds to a [V, D] sum: more tokens, less traffic
@@ -153,7 +153,7 @@ def head_losses(  # noqa: PLR0913 - causal_lm_losses, plus what replaces the log
 def _token_losses(rule: HeadRule, head: nn.Linear, hidden_BTD: Tensor) -> Tensor:
     """Run the rule in place of the head's own, through the head's site where there is one."""
     site = head.__dict__.get("forward")
-    if not isinstance(site, Site) or not torch.is_grad_enabled():
+    if not isinstance(site, FactorSite) or not torch.is_grad_enabled():
         return rule.token_losses(head, hidden_BTD)
     site.last_shape = tuple(hidden_BTD.shape)
 
@@ -178,7 +178,9 @@ def _head_of(model: nn.Module) -> nn.Linear:
 def _require_plain_linear(head: nn.Module) -> None:
     """Refuse a head whose forward is more than `x Wᵀ + b`, or whose weight is not whole."""
     own = head.__dict__.get("forward")
-    linear = type(head).forward is nn.Linear.forward and (own is None or isinstance(own, Site))
+    linear = type(head).forward is nn.Linear.forward and (
+        own is None or isinstance(own, FactorSite)
+    )
     if not isinstance(head, nn.Linear) or not linear:
         raise UnsupportedModelError(
             f"The head is a {type(head).__name__} whose forward is not that of nn.Linear (an "

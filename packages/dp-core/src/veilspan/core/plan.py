@@ -156,7 +156,7 @@ class StrategyPlan:
             return f"{self.degree} ranks share each sequence"
         bare = next((m for m in self.modules if m.rule is None), None)
         if bare is not None:
-            return f"no rule gives per-sample gradients of '{bare.name}'"
+            return f"'{bare.name}' has positions first (batch_first=False)"
         return None
 
     def _require_taps(self) -> None:
@@ -172,12 +172,11 @@ class StrategyPlan:
             )
         for owned in self.modules:
             if owned.rule is None:
-                known = "Linear, Embedding, Conv1D or an elementwise-affine norm"
                 raise UnsupportedModelError(
-                    f"Module '{owned.name}' ({type(owned.module).__name__}) owns trainable "
-                    f"{sorted(owned.parameters)} but computes none of {known}, so "
-                    f"backward={self.backward!r} cannot form its per-sample gradient. Freeze it, "
-                    "or use backward='single_sample' with micro-batches of one record."
+                    f"Module '{owned.name}' ({type(owned.module).__name__}) has positions first "
+                    f"(batch_first=False), so backward={self.backward!r} would take positions for "
+                    "records. Build it with batch_first=True, or use backward='single_sample' with "
+                    "micro-batches of one record."
                 )
 
 

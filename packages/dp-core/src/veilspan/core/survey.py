@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from veilspan.core.errors import UnsupportedModelError
 from veilspan.core.protocols import NormKernel
-from veilspan.core.rules import Rule, find_rule
+from veilspan.core.rules import RecordsAlone, Rule, find_rule
 
 _WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod|_fsdp_wrapped_module)\.")
 
@@ -23,7 +23,7 @@ class OwnedModule:
     name: str
     module: nn.Module
     parameters: dict[str, nn.Parameter]
-    rule: Rule | None
+    rule: Rule | RecordsAlone | None
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -67,18 +67,26 @@ def refuse_cross_sample_layers(model: nn.Module) -> None:
 def owned_modules(model: nn.Module, kernel: NormKernel | None) -> Iterator[OwnedModule]:
     """Yield every module that owns trainable parameters, with its rule or None.
 
+    A module that cannot be tapped part by part stands for all that it contains.
+
     Args:
         model: The model.
         kernel: Arithmetic for the rules; None looks for no rule, where no tap can be used.
     """
+    whole: list[str] = []
     for name, module in model.named_modules():
-        own = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
-        if own:
-            patched = "forward" in module.__dict__
-            rule = None if patched or kernel is None else find_rule(name, module, kernel)
-            yield OwnedModule(
-                name=_WRAPPERS.sub("", f"{name}.").removesuffix("."),
-                module=module,
-                parameters=own,
-                rule=rule,
-            )
+        if any(name.startswith(outer) for outer in whole):
+            continue
+        rule = None if kernel is None else find_rule(name, module, kernel)
+        contains = isinstance(rule, RecordsAlone)
+        own = {n: p for n, p in module.named_parameters(recurse=contains) if p.requires_grad}
+        if not own:
+            continue
+        if contains:
+            whole.append(f"{name}." if name else "")
+        yield OwnedModule(
+            name=_WRAPPERS.sub("", f"{name}.").removesuffix("."),
+            module=module,
+            parameters=own,
+            rule=rule,
+        )

@@ -3,27 +3,55 @@
 Every trainable leaf module runs through one `autograd.Function`. Its backward returns the input
 gradient as usual and nothing for the weight; input and output gradient, the two factors of every
 per-sample gradient, go to the pass that is running. Autograd never forms a weight gradient.
+
+In a compiled graph the hand-over is an opaque operator, so that the graph has no break: forward
+passes are compiled as they are, the layer's own backward runs between compiled parts.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from veilspan.core import compiled
 from veilspan.core.contributions import Contribution
 from veilspan.core.errors import PrivacyError
 from veilspan.core.rules.base import Rule
 
 
+class Use(Protocol):
+    """One use of a module, on its way back."""
+
+    @property
+    def site(self) -> Site:
+        """The module."""
+        ...
+
+    def parts(self) -> Iterator[tuple[str, Contribution]]:
+        """Yield what this use adds to each trainable parameter, by name in the model."""
+        ...
+
+    def reached(self) -> Tensor:
+        """Return the samples whose output gradient is neither zero nor 0 · inf, `[B]` bool."""
+        ...
+
+
 class Pass(Protocol):
     """What one backward pass wants of the layers."""
 
-    def receive(self, site: Site, inputs: Tensor, grad_output: Tensor) -> None:
+    @property
+    def keeps(self) -> bool:
+        """Whether factors are kept beyond `receive`; compiled code reuses their memory."""
+        ...
+
+    def receive(self, use: Use) -> None:
         """Take what one use of a module adds to the gradients of its parameters."""
         ...
 
@@ -36,67 +64,173 @@ class MicroBatch:
         size: Records B.
         strategy: Name of the backward strategy.
         device: Where the model is.
+        sites: The patched modules.
     """
 
     size: int
     strategy: str
     device: torch.device
-    uses: Counter[str] = field(default_factory=Counter)
+    sites: Sequence[Site]
     running: Pass | None = None
+    keeps_graph: bool = False
     anchor: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         # An input that needs a gradient, so that autograd visits layers whose input needs none.
         self.anchor = torch.zeros((), device=self.device, requires_grad=True)
+        for site in self.sites:
+            site.calls.zero_()
 
     def differentiate(self, loss: Tensor, wanted: Pass, *, keep_graph: bool = False) -> None:
         """Run one backward pass of `loss` whose taps hand over to `wanted`."""
-        self.running = wanted
+        _ = self.uses
+        self.running, self.keeps_graph = wanted, keep_graph
         loss.backward(retain_graph=keep_graph)
 
+    @cached_property
+    def uses(self) -> Counter[str]:
+        """How often the forward passes used each parameter.
 
-@dataclass
-class Site:
-    """One patched module: its rule, its trainable parameters, and the way to the micro-batch.
+        Counted once, before the first backward pass: a forward pass that activation checkpointing
+        runs again is no new use.
+        """
+        uses = Counter[str]()
+        for site in self.sites:
+            uses.update(dict.fromkeys(site.owned.values(), int(site.calls)))
+        return uses
+
+
+class Progress(Protocol):
+    """Who knows the micro-batch in progress."""
+
+    micro_batch: MicroBatch | None
+
+    def batch_of(self, inputs: Tensor) -> MicroBatch | None:
+        """Return the micro-batch that a call belongs to; None to pass it through."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Site(ABC):
+    """One patched module: its trainable parameters, and the way to the micro-batch.
 
     Args:
         name: Module path.
         module: The module.
-        rule: Its gradients by hand.
         owned: Name in the model of each trainable parameter, by its name in the module.
-        micro_batch: Returns the micro-batch that a call belongs to; None to pass it through.
+        progress: Who knows the micro-batch in progress.
         forward: The module's own forward.
+        calls: Forward passes through the tap in this micro-batch, int64 on the CPU; a tensor,
+            because compiled code counts as well.
     """
 
     name: str
     module: nn.Module
-    rule: Rule
     owned: dict[str, str]
-    micro_batch: Callable[[Tensor], MicroBatch | None]
+    progress: Progress
     forward: Callable[..., Any]
+    calls: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
     last_shape: tuple[int, ...] = ()
+    number: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.number = compiled.number_of(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module; through its tap while a tapped micro-batch is in progress."""
-        given = [*args, *kwargs.values()]
-        batch = self.micro_batch(given[0]) if given and torch.is_tensor(given[0]) else None
+        first = next((v for v in (*args, *kwargs.values()) if torch.is_tensor(v)), None)
+        batch = None if first is None else self.progress.batch_of(first)
         if batch is None:
             return self.forward(*args, **kwargs)
+        self.calls.add_(1)
+        return self.tapped(batch, *args, **kwargs)
+
+    @abstractmethod
+    def tapped(self, batch: MicroBatch, *args: Any, **kwargs: Any) -> Any:
+        """Run the module through its tap.
+
+        Raises:
+            PrivacyError: If the records of the micro-batch are not dimension 0 of the input.
+        """
+
+    def running_pass(self, anchor: Tensor) -> Pass:
+        """Return the pass that is running.
+
+        Args:
+            anchor: The anchor that this use's forward pass had.
+
+        Raises:
+            PrivacyError: If somebody else than the step differentiates, or a loss reaches back into
+                an earlier micro-batch.
+        """
+        batch = self.progress.micro_batch
+        if batch is None or batch.running is None:
+            raise PrivacyError(
+                "A backward pass ran outside of step.backward(losses_B). Inside `with step:` only "
+                "step.backward may differentiate the model, because it alone clips."
+            )
+        if batch.anchor.data_ptr() != anchor.data_ptr():
+            raise PrivacyError(
+                f"A loss reaches back into module '{self.name}' as an earlier micro-batch called "
+                "it, so one loss would hold gradients of other records. Detach what is carried "
+                "from one micro-batch to the next."
+            )
+        return batch.running
+
+    def refuse_shape(self, inputs: Tensor, size: int, *, ndim: int | None = None) -> NoReturn:
+        """Refuse an input whose dimension 0 is not the records.
+
+        Raises:
+            PrivacyError: Naming the module, the shape, and the ways out.
+        """
+        wanted = "two dimensions or more" if ndim is None else f"{ndim} dimensions"
+        raise PrivacyError(
+            f"Module '{self.name}' received an input of shape {tuple(inputs.shape)} in a "
+            f"micro-batch of {size} records. It needs {wanted}, and dimension 0 must be the "
+            f"records ({size}, or 1 to broadcast): where records are flattened or moved, tokens "
+            "would be clipped instead. Keep the batch dimension first; or let the module around it "
+            "that still has the records first run them one at a time, "
+            "register_rule(type(that_module), RecordsAlone()); or use backward='single_sample'."
+        )
+
+
+@dataclass(kw_only=True)
+class FactorSite(Site):
+    """A patched layer whose per-sample gradients follow from its input and output gradient.
+
+    Args:
+        rule: Its gradients by hand.
+    """
+
+    rule: Rule
+
+    def tapped(self, batch: MicroBatch, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer; its one input is saved as the rule wants it."""
+        given = [*args, *kwargs.values()]
         if len(given) != 1:
             raise PrivacyError(
-                f"Module '{self.name}' was called with {len(given)} arguments; a tapped module "
-                "takes its input alone. Call it so, or use backward='single_sample'."
+                f"Module '{self.name}' was called with {len(given)} arguments; its rule takes the "
+                "input alone. Call it so, register_rule(its type, RecordsAlone), or use "
+                "backward='single_sample'."
             )
         inputs = self._samples_first(given[0], batch.size)
-        self.last_shape = tuple(inputs.shape)
-        if batch.running is None:  # a recomputed forward of activation checkpointing is no new use
-            batch.uses.update(self.owned.values())
-        return TapFunction.apply(self, batch, inputs, batch.anchor)
+        if not torch.compiler.is_compiling():
+            return _Tap.apply(self, inputs, batch.anchor)
+        with torch.no_grad():
+            output = self.forward(inputs)
+        saved = self.rule.saved_input(inputs.detach(), output)
+        return compiled.TracedTap.apply(output, inputs, batch.anchor, saved, self.number)
 
-    def parts(self, inputs: Tensor, grad_output: Tensor) -> Iterator[tuple[str, Contribution]]:
-        """Yield what one use adds to each trainable parameter, by name in the model."""
-        found = self.rule.contributions(self.module, inputs, grad_output)
-        return ((name, found[local]) for local, name in self.owned.items())
+    def hand_over(
+        self, running: Pass, inputs: Tensor, grad_output: Tensor, *, needs_grad: bool
+    ) -> Tensor | None:
+        """Give both factors to the running pass, and return the input gradient if it is needed."""
+        self.last_shape = tuple(inputs.shape)
+        grad_input = None
+        if needs_grad:
+            grad_input = self.rule.input_grad(self.module, inputs, grad_output)
+        running.receive(FactorUse(self, inputs, grad_output))
+        return grad_input
 
     def _samples_first(self, inputs: Tensor, size: int) -> Tensor:
         if inputs.ndim >= 2:
@@ -104,39 +238,48 @@ class Site:
                 return inputs
             if inputs.shape[0] == 1:  # positions shared by the batch, as in GPT-2
                 return inputs.expand(size, *inputs.shape[1:])
-        raise PrivacyError(
-            f"Module '{self.name}' received an input of shape {tuple(inputs.shape)} in a "
-            f"micro-batch of {size} records. It needs two dimensions or more, and dimension 0 must "
-            f"be the records ({size}, or 1 to broadcast): where records are flattened or moved, "
-            "tokens would be clipped instead. Keep the batch dimension first, or use "
-            "backward='single_sample'."
-        )
+        self.refuse_shape(inputs, size)
 
 
-class TapFunction(torch.autograd.Function):
+@dataclass(frozen=True)
+class FactorUse:
+    """One use of a layer with a rule: its input and its output gradient, samples first."""
+
+    site: FactorSite
+    inputs: Tensor
+    grad_output: Tensor
+
+    def parts(self) -> Iterator[tuple[str, Contribution]]:
+        """Yield what this use adds to each trainable parameter, by name in the model."""
+        site = self.site
+        found = site.rule.contributions(site.module, self.inputs, self.grad_output)
+        return ((name, found[local]) for local, name in site.owned.items())
+
+    def reached(self) -> Tensor:
+        """Return the samples whose output gradient is neither zero nor 0 · inf, `[B]` bool."""
+        return reached(self.grad_output)
+
+
+def reached(grad_output: Tensor) -> Tensor:
+    """Return the samples whose gradient is neither zero nor 0 · inf, `[B]` bool."""
+    return ((grad_output != 0) & grad_output.isfinite()).flatten(1).any(1)
+
+
+class _Tap(torch.autograd.Function):
     """Forward of the module itself; backward that hands over instead of forming its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, site: Site, batch: MicroBatch, inputs: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, site: FactorSite, inputs: Tensor, anchor: Tensor) -> Tensor:
         """Return the module's own output for `inputs`."""
         output = site.forward(inputs)
-        ctx.site, ctx.batch = site, batch
+        ctx.site, ctx.anchor = site, anchor
         ctx.save_for_backward(site.rule.saved_input(inputs, output))
         return output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         """Hand over both factors to the running pass, and return the input gradient."""
-        (grad_output,) = grad_outputs
-        site, batch = ctx.site, ctx.batch
         (inputs,) = ctx.saved_tensors
-        if batch.running is None:
-            raise PrivacyError(
-                "A backward pass ran outside of step.backward(losses_B). Inside `with step:` only "
-                "step.backward may differentiate the model, because it alone clips."
-            )
-        grad_input = None
-        if ctx.needs_input_grad[2]:
-            grad_input = site.rule.input_grad(site.module, inputs, grad_output)
-        batch.running.receive(site, inputs, grad_output)
-        return None, None, grad_input, None
+        site, needs_grad = ctx.site, ctx.needs_input_grad[1]
+        running = site.running_pass(ctx.anchor)
+        return None, site.hand_over(running, inputs, grad_outputs[0], needs_grad=needs_grad), None

@@ -15,7 +15,7 @@ from torch import Tensor
 from veilspan.core.backward.base import Workspace
 from veilspan.core.contributions import Contribution, NormChoice
 from veilspan.core.norms import sq_norms
-from veilspan.core.taps import MicroBatch, Site
+from veilspan.core.taps import MicroBatch, Use
 
 
 class Samples:
@@ -52,10 +52,11 @@ class SamplePass:
     """Forms the per-sample gradient of every parameter."""
 
     samples: Samples
+    keeps: bool = False
 
-    def receive(self, site: Site, inputs: Tensor, grad_output: Tensor) -> None:
+    def receive(self, use: Use) -> None:
         """Add this use to the per-sample gradients."""
-        for name, part in site.parts(inputs, grad_output):
+        for name, part in use.parts():
             self.samples.add(name, part)
 
 
@@ -68,15 +69,17 @@ class NormPass:
         choose: Norm method of a linear map.
     """
 
+    keeps = False
+
     def __init__(self, work: Workspace, batch: MicroBatch, choose: NormChoice) -> None:
         shape = (len(work.groups), batch.size)
         self.sq_norm_MB = torch.zeros(shape, dtype=torch.float64, device=batch.device)
         self.shared = Samples(work, batch.size)
         self._work, self._batch, self._choose = work, batch, choose
 
-    def receive(self, site: Site, inputs: Tensor, grad_output: Tensor) -> None:
+    def receive(self, use: Use) -> None:
         """Add this use's squared norms, or keep its gradients where other uses will join."""
-        for name, part in site.parts(inputs, grad_output):
+        for name, part in use.parts():
             if self._batch.uses[name] > 1:
                 self.shared.add(name, part)
             else:
@@ -90,10 +93,11 @@ class SumPass:
     work: Workspace
     batch: MicroBatch
     factor_MB: Tensor
+    keeps: bool = False
 
-    def receive(self, site: Site, inputs: Tensor, grad_output: Tensor) -> None:
+    def receive(self, use: Use) -> None:
         """Add Σ_b factor_b · gradient_b of this use."""
-        for name, part in site.parts(inputs, grad_output):
+        for name, part in use.parts():
             if self.batch.uses[name] == 1:
                 part.add_to(self.work.sums, name, self.factor_MB[self.work.groups.index[name]])
 
@@ -113,6 +117,8 @@ class BookPass:
             one use of one module completes.
     """
 
+    keeps = True
+
     def __init__(
         self,
         work: Workspace,
@@ -131,10 +137,10 @@ class BookPass:
         for name, count in batch.uses.items():
             self._awaited[work.groups.index[name]] += count
 
-    def receive(self, site: Site, inputs: Tensor, grad_output: Tensor) -> None:
+    def receive(self, use: Use) -> None:
         """Enter this use in the books of its groups, and close those that are complete."""
         here: dict[int, list[tuple[str, Contribution]]] = {}
-        for name, part in site.parts(inputs, grad_output):
+        for name, part in use.parts():
             here.setdefault(self._work.groups.index[name], []).append((name, part))
         for group, entries in here.items():
             self._awaited[group] -= len(entries)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from veilspan.core.attachment import Attachment
 from veilspan.core.errors import PrivacyError
-from veilspan.core.taps import Site
+from veilspan.core.taps import Use
 
 
 @dataclass
@@ -20,11 +20,12 @@ class ReachPass:
     """
 
     reached_B: dict[str, Tensor] = field(default_factory=dict)
+    keeps: bool = False
 
-    def receive(self, site: Site, inputs: Tensor, grad_output: Tensor) -> None:
-        """Note the samples whose gradient is neither zero nor 0 · inf."""
-        seen_B = ((grad_output != 0) & grad_output.isfinite()).flatten(1).any(1)
-        self.reached_B[site.name] = self.reached_B.get(site.name, False) | seen_B
+    def receive(self, use: Use) -> None:
+        """Note the samples that the gradient reaches."""
+        name = use.site.name
+        self.reached_B[name] = self.reached_B.get(name, False) | use.reached()
 
 
 def reaches_its_record_alone(attachment: Attachment, losses_B: Tensor) -> bool:

@@ -21,7 +21,7 @@ from veilspan.core.norms import compute_dtype, rounding_guard
 from veilspan.core.opacus.installed import opacus
 from veilspan.core.protocols import NormKernel
 from veilspan.core.rates import DeviceRates
-from veilspan.core.rules import Rule, find_rule
+from veilspan.core.rules import Rule, affine_rule
 
 REGISTRIES = ("NORM_SAMPLERS", "GRAD_SAMPLERS")
 """Attributes of an engine that hold Opacus' samplers by class of layer."""
@@ -114,7 +114,7 @@ def find_rules(
     for module, name in hooked.items():
         rule = None
         if type(module) not in kept and not _must_stay(engine, module):
-            rule = find_rule(name, module, kernel)
+            rule = affine_rule(name, module, kernel)
         if rule is None:
             kept.add(type(module))
         else:

@@ -1,27 +1,91 @@
-"""Layer rules: gradients by hand of the layers that a transformer is made of."""
+"""Layer rules: gradients by hand of the layers that a transformer is made of, and of your own."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
+
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from veilspan.core.protocols import NormKernel
+from veilspan.core.rules.alone import RecordsAlone, puts_records_second, whole_rule
 from veilspan.core.rules.base import Rule
+from veilspan.core.rules.convolution import convolution_rule
 from veilspan.core.rules.embedding import embedding_rule
 from veilspan.core.rules.linear import linear_rule
 from veilspan.core.rules.norm import norm_rule
 
-__all__ = ["Rule", "find_rule"]
+__all__ = ["RecordsAlone", "Rule", "affine_rule", "find_rule", "register_rule"]
+
+MakeRule = Callable[[nn.Module, NormKernel], Rule | RecordsAlone | None]
+
+_registered: OrderedDict[int, tuple[type[nn.Module], MakeRule]] = OrderedDict()
 
 
-def find_rule(name: str, module: nn.Module, kernel: NormKernel) -> Rule | None:
+def register_rule(kind: type[nn.Module], make: MakeRule | RecordsAlone) -> RemovableHandle:
+    """Say how modules of one type get their per-sample gradients; before Veilspan's own rules.
+
+    Applies to every `PrivateStep` built afterwards, to `kind` and its subclasses; of several
+    registrations the last one that gives a rule wins. A wrong rule breaks privacy without a word:
+    hold it to `veilspan.core.testing.assert_rule_matches`.
+
+    Args:
+        kind: Type of the modules.
+        make: `RecordsAlone()` for modules that keep records apart, whatever they compute; or a
+            function of the module and the step's arithmetic of linear maps that returns a `Rule`,
+            or None to pass.
+
+    Returns:
+        A handle whose `remove()` takes the registration back.
+
+    Raises:
+        TypeError: If `kind` is not a type of modules, or `make` can make no rule.
+
+    Examples:
+        >>> from torch import nn
+        >>> from veilspan.core import RecordsAlone, register_rule
+        >>> handle = register_rule(nn.Bilinear, RecordsAlone())
+        >>> handle.remove()
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"kind is {kind!r}; it must be a subclass of torch.nn.Module.")
+    if not (isinstance(make, RecordsAlone) or callable(make)):
+        raise TypeError(
+            f"make is {make!r}; it must be RecordsAlone(), or a function (module, kernel) -> Rule."
+        )
+    handle = RemovableHandle(_registered)
+    given = make
+    maker = (lambda module, kernel: given) if isinstance(given, RecordsAlone) else given
+    _registered[handle.id] = (kind, maker)
+    return handle
+
+
+def find_rule(name: str, module: nn.Module, kernel: NormKernel) -> Rule | RecordsAlone | None:
     """Return the rule that gives per-sample gradients of `module`, or None when no rule does.
 
     Args:
         name: Module path, for messages.
-        module: A module that owns trainable parameters.
+        module: A module, with or without trainable parameters.
         kernel: Arithmetic of linear maps.
 
     Raises:
         UnsupportedModelError: If the module has an option that breaks per-record clipping.
     """
+    for kind, make in reversed(_registered.values()):
+        rule = make(module, kernel) if isinstance(module, kind) else None
+        if rule is not None:
+            return rule
+    if puts_records_second(module):
+        return None
+    whole = whole_rule(module)
+    if whole is not None or not any(p.requires_grad for p in module.parameters(recurse=False)):
+        return whole
+    if "forward" in vars(module):  # patched: what its class computes says nothing
+        return RecordsAlone()
+    return affine_rule(name, module, kernel) or convolution_rule(module) or RecordsAlone()
+
+
+def affine_rule(name: str, module: nn.Module, kernel: NormKernel) -> Rule | None:
+    """Return the rule of an embedding, a linear map or an elementwise-affine norm, else None."""
     return embedding_rule(module, name) or linear_rule(module, kernel) or norm_rule(module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -122,34 +122,54 @@ def assert_close(
 
 
 def assert_rule_matches(
-    module: nn.Module, inputs: Tensor, *, kernel: NormKernel | None = None
+    module: nn.Module | Callable[[], nn.Module],
+    inputs: Tensor | Sequence[Sequence[int]],
+    *,
+    kernel: NormKernel | None = None,
 ) -> None:
-    """Assert that the rule found for `module` gives exact gradients, norms and weighted sums.
+    """Assert that the rule found for a module gives exact gradients, norms and weighted sums.
 
     Args:
-        module: A module with trainable parameters, fp64.
-        inputs: An input whose dimension 0 is the records.
+        module: A module with trainable parameters, or what builds it; compared in fp64.
+        inputs: Its input, dimension 0 the records; or shapes, each tried with random numbers.
         kernel: Arithmetic of linear maps.
 
     Raises:
         AssertionError: If no rule is found, or any of its answers is off by more than 1e-10.
+
+    Examples:
+        >>> assert_rule_matches(nn.Linear(3, 2), [(2, 3), (4, 7, 3)])
     """
-    module = copy.deepcopy(module)
+    module = (copy.deepcopy(module) if isinstance(module, nn.Module) else module()).double()
     kernel = kernel or BlockedKernel()
     assert find_rule("module", module, kernel) is not None, f"no rule matches {module}"
-    batch = {"inputs": inputs}
+    if isinstance(inputs, Tensor):
+        _assert_rule_on(module, inputs, kernel)
+        return
+    generator = torch.Generator().manual_seed(0)
+    for shape in inputs:
+        values = torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+        _assert_rule_on(module, values, kernel)
 
+
+def _assert_rule_on(module: nn.Module, inputs: Tensor, kernel: NormKernel) -> None:
     def losses(model: nn.Module, part: Batch) -> Tensor:
         output = model(part["inputs"])
         weights = torch.linspace(-1, 1, output[0].numel(), dtype=output.dtype)
         return (output.flatten(1) * weights).sum(1).sin()
 
-    for backward, norms in (("per_sample", "auto"), ("two_pass", "direct"), ("two_pass", "gram")):
+    tapped = [
+        ("per_sample", "auto"),
+        ("two_pass", "direct"),
+        ("two_pass", "gram"),
+        ("bookkeeping", "auto"),
+    ]
+    for backward, norms in tapped:
         for clip_norm in (1e-2, 1e2):
             assert_step_matches_oracle(
                 module,
                 losses,
-                batch,
+                {"inputs": inputs},
                 clipping=Flat(clip_norm=clip_norm),
                 size=len(inputs),
                 backward=backward,

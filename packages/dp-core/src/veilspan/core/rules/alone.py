@@ -1,0 +1,63 @@
+"""Modules whose records run through them one at a time: autograd gives each record's gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordsAlone:
+    """Rule of any module that keeps records apart: each runs alone, forward and backward.
+
+    It serves the module with all that it contains, whatever happens inside: weights used by
+    function, experts that receive flattened tokens, state along the sequence. Nothing is computed
+    twice; what is lost is the speed of a batch. The gradient is the one that autograd forms for the
+    record, so the norm is taken of the very numbers that are added, and records cannot couple
+    inside of the module.
+
+    Tensors that the module receives are cut along dimension 0 where that is the number of records,
+    and given to each record whole where it is not. Tensors that it returns are joined along
+    dimension 0.
+
+    Args:
+        shared: Names of arguments of the module's `forward` that every record gets whole, even
+            where dimension 0 happens to be the number of records: masks between positions, say.
+        ndim: Dimensions that the first input must have; None for two or more.
+    """
+
+    shared: tuple[str, ...] = ()
+    ndim: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Family name."""
+        return "records alone"
+
+
+def whole_rule(module: nn.Module) -> RecordsAlone | None:
+    """Return how to run `module` and all that it contains, where its parts cannot be tapped."""
+    if isinstance(module, nn.MultiheadAttention):  # uses its output projection by function
+        return RecordsAlone(shared=("attn_mask",), ndim=3)
+    if getattr(module, "lora_variant", None) or len(getattr(module, "lora_embedding_A", ())):
+        return RecordsAlone()  # PEFT: DoRA and its like, embeddings: factors used by function
+    if any(_serves_its_parent(child) for child in module.children()):
+        return RecordsAlone()
+    return None
+
+
+def puts_records_second(module: nn.Module) -> bool:
+    """Return whether positions come first: in PyTorch's own layers unless `batch_first=True`."""
+    return getattr(module, "batch_first", True) is False
+
+
+def _serves_its_parent(child: nn.Module) -> bool:
+    """Return whether a trainable child is only a holder, or the experts of a mixture.
+
+    Experts hold weights of three dimensions and receive the tokens of all records, flattened.
+    """
+    own = [p for p in child.parameters(recurse=False) if p.requires_grad]
+    holder = type(child).forward is nn.Module.forward
+    experts = any(p.ndim == 3 for p in own) and not isinstance(child, nn.modules.conv._ConvNd)
+    return bool(own) and (holder or experts)
