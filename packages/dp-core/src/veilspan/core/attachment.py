@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from veilspan.core.compiled import keep_saved_tensors
 from veilspan.core.errors import PrivacyError, UnsupportedModelError
@@ -112,6 +113,7 @@ class Attachment:
             self._begin(inputs)  # a submodule was called without the model around it
         return self.micro_batch
 
+    @_disable_dynamo  # a micro-batch is an object of its own, and its strategy is logged
     def _begin(self, lead: Tensor) -> None:
         self._decided = True
         size = lead.shape[0] if lead.ndim else 1
