@@ -20,6 +20,9 @@ def test_the_root_readme_has_code() -> None:
     assert "README.md" in PAGES
 
 
+# What dynamo does to torch itself while it traces; the second is how it traces any Function.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be")
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
