@@ -76,7 +76,12 @@ class StrategyPlan:
         return STRATEGIES[self.backward].tapped
 
     def tapped(self, size: int, length: int) -> str | None:
-        """Return the tapped strategy for `size` records of `length` tokens; None for no taps.
+        """Return the tapped strategy for `size` records of `length` tokens; None for no taps."""
+        name = self.choice(size, length).name
+        return name if STRATEGIES[name].tapped else None
+
+    def choice(self, size: int, length: int) -> Choice:
+        """Return the strategy for `size` records of `length` tokens, with its reason.
 
         Decided at the first sight of a shape.
         """
@@ -86,8 +91,7 @@ class StrategyPlan:
             if choice.name not in {known.name for known in self.chosen.values()}:
                 _log.info("backward: %s (%s)", choice.name, choice.reason)
             self.chosen[key] = choice
-        name = self.chosen[key].name
-        return name if STRATEGIES[name].tapped else None
+        return self.chosen[key]
 
     def best_microbatch(self, length: int, most: int) -> int:
         """Return the number of records a micro-batch that takes the least time per record."""
