@@ -83,7 +83,7 @@ class Roster:
             kind, size = self._sizes[name]
             method = METHODS[kind](self._shape, size, NOISE_MULTIPLIER)
             tokens = self._shape.tokens(0)
-            method.gradient(tokens[:size, :16] if on_cpu else tokens[:size])
+            method.gradient(tokens[:size, :16].contiguous() if on_cpu else tokens[:size])
             method.update()
             if on_cpu:
                 self._kept[name] = method
