@@ -94,7 +94,7 @@ class StrategyPlan:
         return self.chosen[key]
 
     def best_microbatch(self, length: int, most: int) -> int:
-        """Return the number of records a micro-batch that takes the least time per record."""
+        """Return the smallest micro-batch that takes about the least time per record."""
         if self.backward == "single_sample" or self._obstacle() is not None:
             return 1
         return best_microbatch(length, most, self.shape, self.rates, self.norm_method)
@@ -241,6 +241,7 @@ def _shape(groups: Groups, modules: Sequence[OwnedModule], names: Mapping[int, s
         largest=max(sum(p.numel() for p in m.parameters.values()) for m in modules),
         features=max(features),
         layered=_end_within_layers(groups, modules, names),
+        gradient_bytes=max(p.element_size() for m in modules for p in m.parameters.values()),
     )
 
 

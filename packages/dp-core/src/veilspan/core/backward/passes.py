@@ -14,8 +14,11 @@ from torch import Tensor
 
 from veilspan.core.backward.base import Workspace
 from veilspan.core.contributions import Contribution, NormChoice
-from veilspan.core.norms import sq_norms
+from veilspan.core.norms import compute_dtype, sq_norms
 from veilspan.core.taps import MicroBatch, Site
+
+_TOGETHER = 1 << 22
+"""Elements, at most, of per-sample gradients that are formed at once where none should be kept."""
 
 
 class Samples:
@@ -141,7 +144,7 @@ class BookPass:
             complete = self._awaited[group] == 0
             alone = group not in self._open and all(self._batch.uses[n] == 1 for n, _ in entries)
             if self._formed and complete and alone:
-                self._clip_formed(group, entries)
+                self._clip_formed(group, entries, grad_output.dtype)
             else:
                 self._enter(group, entries)
                 if complete:
@@ -177,14 +180,30 @@ class BookPass:
             self._shared.flush(name, factor_B)
         self._closed.add(group)
 
-    def _clip_formed(self, group: int, entries: list[tuple[str, Contribution]]) -> None:
+    def _clip_formed(
+        self, group: int, entries: list[tuple[str, Contribution]], dtype: torch.dtype
+    ) -> None:
+        elements = self._batch.size * sum(self._work.owned[name].numel() for name, _ in entries)
+        if elements <= _TOGETHER and dtype == compute_dtype(dtype):
+            self._clip_together(group, entries)
+        else:
+            self._clip_each(group, entries)
+        self._closed.add(group)
+
+    def _clip_together(self, group: int, entries: list[tuple[str, Contribution]]) -> None:
+        formed = [(name, part.per_sample()) for name, part in entries]
+        sq_norm_B = sum((sq_norms(grad_Bx) for _, grad_Bx in formed), start=self._zeros())
+        factor_B = self._work.factors(group, sq_norm_B, slack=self._slack)
+        for name, grad_Bx in formed:
+            self._work.sums.add_samples_(name, grad_Bx, factor_B)
+
+    def _clip_each(self, group: int, entries: list[tuple[str, Contribution]]) -> None:
         for b in range(self._batch.size):
             formed = [(name, part.sample(b)) for name, part in entries]
             sq_norm = sum((g.sq_norm() for _, g in formed), start=self._zeros()[0])
             factor_B = self._work.factors(group, sq_norm[None], slack=self._slack)
             for name, gradient in formed:
                 gradient.add_to(self._work.sums, name, float(factor_B))
-        self._closed.add(group)
 
     def _zeros(self) -> Tensor:
         return torch.zeros(self._batch.size, dtype=torch.float64, device=self._batch.device)
