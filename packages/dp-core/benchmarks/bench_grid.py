@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import RIVALS, SCALES, SLOW, Cell, Entry, cells, entries
+from cells import RIVALS, SCALES, SLOW, Cell, Entry, Experience, cells, entries
 from contestants import METHODS, why_absent
 from memory import peak_mib
 from models import QUICK, Shape
@@ -40,7 +40,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="+", help="micro-batches B; default all")
     parser.add_argument("--methods", nargs="+", help="default all of the scale")
     parser.add_argument("--rounds", type=int, help="timed rounds per cell, at most")
-    parser.add_argument("--cell-seconds", type=float, default=45.0, help="then no further round")
+    parser.add_argument(
+        "--cell-seconds", type=float, help="then no further round; default by scale"
+    )
     parser.add_argument("--minutes", type=float, help="then no further cell")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory (CPU)")
     parser.add_argument("--threads", type=int, default=2)
@@ -56,7 +58,7 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def measure(cell: Cell, options: argparse.Namespace, shorter: dict[str, float]) -> dict[str, Any]:
+def measure(cell: Cell, options: argparse.Namespace, shorter: Experience) -> dict[str, Any]:
     """Return the result of one cell."""
     names = options.methods or SCALES[cell.scale].methods
     found = entries(cell, names, shorter)
@@ -65,7 +67,8 @@ def measure(cell: Cell, options: argparse.Namespace, shorter: dict[str, float]) 
         for name, entry in found.items()
         if entry.same_as is None and entry.skipped is None
     }
-    limits = Limits(rounds=options.rounds, seconds=options.cell_seconds, slow=SLOW)
+    seconds = options.cell_seconds or SCALES[cell.scale].seconds
+    limits = Limits(rounds=options.rounds, seconds=seconds, slow=SLOW)
     times = time_rounds(cell.shape, running, limits, lambda line: print(line, flush=True))
     if options.device == "cpu" and not options.no_memory:
         for name, (method, size) in running.items():
@@ -102,18 +105,16 @@ def row(name: str, entry: Entry, found: dict[str, Entry], times: Times) -> dict[
     }
 
 
-def at_shorter_length(cell: Cell, done: list[dict[str, Any]]) -> dict[str, float]:
-    """Return seconds over plain seconds of each method at the next shorter T, same model and B.
-
-    A method that was left out there as hopeless is left out here.
-    """
+def at_shorter_length(cell: Cell, done: list[dict[str, Any]]) -> Experience:
+    """Return what the next shorter T taught; too slow there is too slow here."""
     same = [c for c in done if (c["scale"], c["model"]) == (cell.scale, cell.model)]
     same = [c for c in same if c["size"] == cell.size and c["length"] < cell.shape.length]
     if not same:
-        return {}
-    rows = max(same, key=lambda c: c["length"])["rows"]
-    slow = {r["method"]: float("inf") for r in rows if "slower than" in r.get("skipped", "")}
-    return slow | {r["method"]: 1 / r["ratio"]["median"] for r in rows if "ratio" in r}
+        return Experience()
+    nearest = max(same, key=lambda c: c["length"])
+    slow = {r["method"]: float("inf") for r in nearest["rows"] if "slow" in r.get("skipped", "")}
+    slow |= {r["method"]: 1 / r["ratio"]["median"] for r in nearest["rows"] if "ratio" in r}
+    return Experience(slowdown=slow, flops=1e12 * nearest["plain_teraflops"])
 
 
 def chosen_cells(options: argparse.Namespace) -> list[Cell]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,13 +13,13 @@ from models import QUICK, Shape
 
 OURS = ("single_sample", "per_sample", "bookkeeping", "two_pass", "per_layer")
 RIVALS = ("opacus_hooks", "opacus_ghost", "opacus_fgc", "fastdp_mixopt")
-SLOW = 3.0
+SLOW = 1.6
 """A method that many times slower than plain training runs in one round only."""
 HOPELESS = 8.0
 """A method that many times slower at the next shorter T, with the same model and B, is left out."""
 
-_SMALL = {"hidden": 192, "intermediate": 512, "layers": 2, "heads": 4, "vocabulary": 2048}
-_LLAMA_1B = {
+_SMALL = {"hidden": 128, "intermediate": 344, "layers": 2, "heads": 4, "vocabulary": 2048}
+LLAMA_1B = {
     "hidden": 2048,
     "intermediate": 8192,
     "layers": 16,
@@ -28,7 +28,7 @@ _LLAMA_1B = {
     "vocabulary": 128256,
     "fused_head": True,
 }
-_LLAMA_8B = {**_LLAMA_1B, "hidden": 4096, "intermediate": 14336, "layers": 32}
+LLAMA_8B = {**LLAMA_1B, "hidden": 4096, "intermediate": 14336, "layers": 32}
 _LENGTHS, _SIZES = (128, 1024, 4096, 8192), (1, 4, 16)
 
 
@@ -40,12 +40,16 @@ class Scale:
         models: Fields of `Shape` by model name.
         pairs: (length T, records B of a micro-batch) of each cell, the short ones first.
         tokens: Of one logical batch, at least.
+        seconds: No further round of a cell starts after this many.
+        patience: A method is left out where a round of it is forecast to take more seconds.
         methods: Which are compared.
     """
 
     models: dict[str, dict[str, Any]]
     pairs: tuple[tuple[int, int], ...]
     tokens: int
+    seconds: float = 25.0
+    patience: float = 60.0
     methods: tuple[str, ...] = ("plain", "auto", "auto_free", *OURS, *RIVALS)
 
 
@@ -56,17 +60,23 @@ SCALES = {
         tokens=512,
     ),
     "small": Scale(
-        models={"llama": _SMALL, "gpt2": {**_SMALL, "family": "gpt2", "intermediate": 768}},
+        models={"llama": _SMALL, "gpt2": {**_SMALL, "family": "gpt2", "intermediate": 512}},
         pairs=tuple((t, b) for b in _SIZES for t in _LENGTHS),
         tokens=8192,
     ),
     "issue": Scale(
-        models={"llama": {}}, pairs=((128, 8), (1024, 4), (4096, 1), (8192, 1)), tokens=16384
+        models={"llama": {}},
+        pairs=((128, 8), (1024, 4), (4096, 1), (8192, 1)),
+        tokens=16384,
+        seconds=420.0,
+        patience=600.0,
     ),
     "device": Scale(
-        models={"llama-3.2-1b": _LLAMA_1B, "llama-3.1-8b": _LLAMA_8B},
+        models={"llama-3.2-1b": LLAMA_1B, "llama-3.1-8b": LLAMA_8B},
         pairs=tuple((t, b) for b in _SIZES for t in (1024, 4096, 8192, 16384, 65536)),
         tokens=65536,
+        seconds=120.0,
+        patience=300.0,
     ),
 }
 
@@ -113,6 +123,19 @@ def cells(name: str, device: str) -> Iterator[Cell]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Experience:
+    """What the next shorter T, with the same model and B, taught.
+
+    Args:
+        slowdown: Seconds over plain seconds, by contestant; infinite if it was left out as too slow.
+        flops: Operations per second of plain training; infinite if nothing is known.
+    """
+
+    slowdown: Mapping[str, float] = field(default_factory=dict)
+    flops: float = float("inf")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Entry:
     """One contestant of a cell: what it runs, or whose time it shares, or why it does not run.
 
@@ -129,13 +152,13 @@ class Entry:
     skipped: str | None = None
 
 
-def entries(cell: Cell, names: Sequence[str], shorter: dict[str, float]) -> dict[str, Entry]:
+def entries(cell: Cell, names: Sequence[str], shorter: Experience) -> dict[str, Entry]:
     """Return the contestants of a cell by name, plain training at the same micro-batch first.
 
     Args:
         cell: The cell.
         names: Which are wanted.
-        shorter: Seconds over plain seconds at the next shorter T, by name.
+        shorter: What the next shorter T taught.
     """
     found = {"plain": Entry(method="plain", size=cell.size)}
     for name in names:
@@ -172,14 +195,18 @@ def _automatic(cell: Cell, found: dict[str, Entry]) -> dict[str, Entry]:
     return result
 
 
-def _why_skipped(cell: Cell, name: str, shorter: dict[str, float]) -> str | None:
+def _why_skipped(cell: Cell, name: str, shorter: Experience) -> str | None:
     """Return why a method cannot serve a cell: a forecast of its memory, or a shorter T."""
     room, need = _room(cell.shape.device), _extra_bytes(cell, name)
     if need > room:
         need, room = need / 2**30, room / 2**30
         return f"would take {need:.0f} GiB beyond plain training; the rule allows {room:.0f}"
-    if shorter.get(name, 0.0) > HOPELESS:
-        return f"{shorter[name]:.1f} times slower than plain training at the next shorter T"
+    slowdown = shorter.slowdown.get(name, 0.0)
+    if slowdown > HOPELESS:
+        return f"{slowdown:.1f} times slower than plain training at the next shorter T"
+    seconds, patience = slowdown * cell.shape.flops() / shorter.flops, SCALES[cell.scale].patience
+    if seconds > patience:
+        return f"too slow: would take {seconds:.0f} s a round; the rule allows {patience:.0f}"
     return None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 GIVEN = ("single_sample", "per_sample", "bookkeeping", "two_pass")
 """What `auto` chooses among under flat clipping."""
 TOLERANCE = 1.1
-BEGIN, END = "<!-- core_grid: made by bench_grid.py --markdown -->", "<!-- core_grid: end -->"
+MARKS = ("<!-- core_grid: made by bench_grid.py --markdown -->", "<!-- core_grid: end -->")
 
 _Result = Mapping[str, Any]
 
@@ -104,17 +104,18 @@ def _grid(cells: Sequence[_Result], show: Any) -> Iterator[str]:
         yield f"| `{name}` | " + " | ".join(shown) + " |"
 
 
-def insert(text: str, page: Path) -> None:
+def insert(text: str, page: Path, marks: tuple[str, str] = MARKS) -> None:
     """Put generated text between its two marks in a page.
 
     Raises:
         ValueError: If the page lacks the marks.
     """
     content = page.read_text()
-    if BEGIN not in content or END not in content:
-        raise ValueError(f"{page} has no lines {BEGIN!r} and {END!r} to put the tables between.")
-    head, rest = content.split(BEGIN, 1)
-    page.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.split(END, 1)[1]}")
+    begin, end = marks
+    if begin not in content or end not in content:
+        raise ValueError(f"{page} has no lines {begin!r} and {end!r} to put the text between.")
+    head, rest = content.split(begin, 1)
+    page.write_text(f"{head}{begin}\n\n{text}\n\n{end}{rest.split(end, 1)[1]}")
 
 
 def plots(result: _Result, path: Path) -> None:

@@ -14,7 +14,7 @@ from veilspan.core.rates import DeviceRates
 _FP32 = 4.0  # bytes
 _GRADIENT_PASSES = 3.0  # write, read for the norm, read for the sum
 _LAYER_CALLS = 400.0
-"""A linear map forward and backward, with what runs beside it in a block, in smallest operations."""
+"""A linear map, forward and backward with what runs beside it, in calls on almost nothing."""
 _TELLING = 1.03
 """Forecasts of a step that are closer than this do not tell which is faster."""
 

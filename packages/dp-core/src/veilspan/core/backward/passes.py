@@ -50,16 +50,34 @@ class Samples:
         self._work.sums.add_samples_(name, self._grads.pop(name), factor_B)
 
 
-@dataclass
 class SamplePass:
-    """Forms the per-sample gradient of every parameter."""
+    """Forms the per-sample gradient of every parameter.
 
-    samples: Samples
+    The norm is taken as soon as the last use has come back, while the gradient is in the cache.
+
+    Args:
+        work: The step's parts.
+        batch: The micro-batch.
+    """
+
+    def __init__(self, work: Workspace, batch: MicroBatch) -> None:
+        self.samples = Samples(work, batch.size)
+        self._awaited = Counter(batch.uses)
+        self._sq_norms: dict[str, Tensor] = {}
 
     def receive(self, site: Site, inputs: Tensor, grad_output: Tensor) -> None:
         """Add this use to the per-sample gradients."""
         for name, part in site.parts(inputs, grad_output):
             self.samples.add(name, part)
+            self._sq_norms.pop(name, None)  # whatever was measured before this use
+            self._awaited[name] -= 1
+            if self._awaited[name] <= 0:
+                self._sq_norms[name] = self.samples.sq_norms(name)
+
+    def sq_norms(self, name: str) -> Tensor:
+        """Return the squared norm of each sample's gradient of one parameter, `[B]` fp64."""
+        known = self._sq_norms.get(name)  # missing where the loss did not reach every use
+        return self.samples.sq_norms(name) if known is None else known
 
 
 class NormPass:
