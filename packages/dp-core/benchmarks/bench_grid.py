@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import RIVALS, SCALES, SLOW, Cell, Entry, Experience, cells, entries
+from cells import PEAK_FLOPS, RIVALS, SCALES, SLOW, Cell, Entry, Experience, cells, entries
 from contestants import METHODS, why_absent
 from memory import peak_mib
 from models import QUICK, Shape
@@ -76,11 +76,15 @@ def measure(cell: Cell, options: argparse.Namespace, shorter: Experience) -> dic
                 peak = peak_mib(cell.shape, method, size, options.threads)
                 times.peaks |= {} if peak is None else {name: peak}
     rows = [row(name, entry, found, times) for name, entry in found.items()]
-    plain = min(times.settled("plain").values())
+    plain = times.settled("plain").values()
+    flops = cell.shape.flops() / min(plain) if plain else 0.0
+    gpu = str(machine().get("gpu", "")) if options.device == "cuda" else ""
+    peak = next((rate for name, rate in PEAK_FLOPS.items() if name in gpu), None)
     return {
         **cell.described(),
         "load_average": os.getloadavg()[0],
-        "plain_teraflops": cell.shape.flops() / plain / 1e12,
+        "plain_teraflops": flops / 1e12,
+        **({"plain_mfu": flops / peak} if peak else {}),
         "rows": rows,
     }
 
@@ -89,7 +93,7 @@ def row(name: str, entry: Entry, found: dict[str, Entry], times: Times) -> dict[
     """Return the result of one contestant."""
     run = entry.same_as or name
     result: dict[str, Any] = {"method": name, "strategy": entry.method, "size": entry.size}
-    why = entry.skipped or times.failures.get(run)
+    why = entry.skipped or times.failures.get(run) or times.failures.get("plain")
     if why is not None or not times.seconds.get(run):
         return {**result, "skipped": why or "not reached"}
     plains = [n for n in found if found[n].method == "plain" and times.seconds.get(n)]
@@ -114,7 +118,7 @@ def at_shorter_length(cell: Cell, done: list[dict[str, Any]]) -> Experience:
     nearest = max(same, key=lambda c: c["length"])
     slow = {r["method"]: float("inf") for r in nearest["rows"] if "slow" in r.get("skipped", "")}
     slow |= {r["method"]: 1 / r["ratio"]["median"] for r in nearest["rows"] if "ratio" in r}
-    return Experience(slowdown=slow, flops=1e12 * nearest["plain_teraflops"])
+    return Experience(slowdown=slow, flops=1e12 * nearest["plain_teraflops"] or float("inf"))
 
 
 def chosen_cells(options: argparse.Namespace) -> list[Cell]:

@@ -28,7 +28,9 @@ LLAMA_1B = {
     "vocabulary": 128256,
     "fused_head": True,
 }
-LLAMA_8B = {**LLAMA_1B, "hidden": 4096, "intermediate": 14336, "layers": 32}
+LLAMA_8B = {**LLAMA_1B, "hidden": 4096, "intermediate": 14336, "layers": 32, "optimizer": "sgd"}
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bf16 operations per second by data sheet, for plain training's own share of them."""
 _LENGTHS, _SIZES = (128, 1024, 4096, 8192), (1, 4, 16)
 
 
@@ -127,7 +129,7 @@ class Experience:
     """What the next shorter T, with the same model and B, taught.
 
     Args:
-        slowdown: Seconds over plain seconds, by contestant; infinite if it was left out as too slow.
+        slowdown: Seconds over plain seconds, by contestant; infinite if too slow to run.
         flops: Operations per second of plain training; infinite if nothing is known.
     """
 
@@ -177,14 +179,13 @@ def _automatic(cell: Cell, found: dict[str, Entry]) -> dict[str, Entry]:
     A contestant that comes down to one that runs anyway shares its time.
     """
     length = cell.shape.length
-    given = Veilspan(cell.shape, cell.size, 1.0, backward="auto")
-    size = given.best_microbatch(length, cell.size)
-    free = Veilspan(cell.shape, size, 1.0, backward="auto")
+    step = Veilspan(cell.shape, cell.size, 1.0, backward="auto")
+    size = step.best_microbatch(length, cell.size)
     result: dict[str, Entry] = {}
     if size != cell.size:
         result["plain_free"] = Entry(method="plain", size=size)
-    for name, size_here, step in (("auto", cell.size, given), ("auto_free", size, free)):
-        method = step.choice(length)
+    for name, size_here in (("auto", cell.size), ("auto_free", size)):
+        method = step.choice(size_here, length)
         known = [
             n for n, e in (found | result).items() if (e.method, e.size) == (method, size_here)
         ]

@@ -1,7 +1,7 @@
 """The ways of training that the benchmarks compare, each one logical batch at a time.
 
-All train the same model on the same tokens with the same per-record loss and AdamW, so that their
-times differ by the cost of privacy alone.
+All train the same model on the same tokens with the same per-record loss and optimizer, so that
+their times differ by the cost of privacy alone.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import importlib.util
 import io
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
-import torch
 from models import Shape
 from torch import Tensor, nn
 
@@ -43,7 +43,7 @@ class Plain:
 
     def __init__(self, shape: Shape, size: int, noise_multiplier: float) -> None:
         self.model = shape.model()
-        self._optimizer = _adamw(self.model)
+        self._optimizer = shape.optimizer_of(self.model)
         self._shape, self._size = shape, size
 
     def gradient(self, tokens: Tensor) -> None:
@@ -68,7 +68,7 @@ class Veilspan:
         norms: str = "auto",
     ) -> None:
         self.model = shape.model()
-        self._optimizer = _adamw(self.model)
+        self._optimizer = shape.optimizer_of(self.model)
         self._shape, self._size = shape, size
         clipping = (PerLayer if backward == "per_layer" else Flat)(clip_norm=CLIP_NORM)
         self._step = PrivateStep(
@@ -80,9 +80,9 @@ class Veilspan:
             norms=norms,
         )
 
-    def choice(self, length: int) -> str:
-        """Return the strategy for a micro-batch of records of `length` tokens."""
-        return self._step._plan.choice(self._size, length).name
+    def choice(self, size: int, length: int) -> str:
+        """Return the strategy for a micro-batch of `size` records of `length` tokens."""
+        return self._step._plan.choice(size, length).name
 
     def best_microbatch(self, length: int, most: int) -> int:
         """Return the size of micro-batch that the cost model finds fastest."""
@@ -99,20 +99,23 @@ class Veilspan:
 
 
 class OpacusHooks:
-    """Opacus with per-sample gradients, accumulating as its BatchMemoryManager does."""
+    """Opacus with per-sample gradients, accumulating as its BatchMemoryManager does.
+
+    Never with activation checkpointing, whose second forward its hooks take for another use.
+    """
 
     def __init__(self, shape: Shape, size: int, noise_multiplier: float) -> None:
         # A rival, installed for benchmarks alone: imported by name, so that types need no Opacus.
         grad_sample = importlib.import_module("opacus.grad_sample")
         optimizers = importlib.import_module("opacus.optimizers")
         warnings.filterwarnings("ignore", "Full backward hook is firing")  # its own hooks
-        self.model = shape.model()
+        self.model = replace(shape, checkpointing=False).model()
         self._shape, self._size = shape, size
         self._wrapped: Any = grad_sample.GradSampleModule(
             self.model, strict=False, loss_reduction="sum"
         )
         self._optimizer: Any = optimizers.DPOptimizer(
-            _adamw(self.model),
+            shape.optimizer_of(self.model),
             noise_multiplier=noise_multiplier,
             max_grad_norm=CLIP_NORM,
             expected_batch_size=shape.records,
@@ -157,7 +160,7 @@ class OpacusGhost(OpacusHooks):
             "opacus.utils.fast_gradient_clipping_utils"
         ).DPTensorFastGradientClipping
         warnings.filterwarnings("ignore", "Full backward hook is firing")
-        self.model = shape.model()
+        self.model = replace(shape, checkpointing=False).model()
         self._shape, self._size = shape, size
         self._wrapped = grad_sample.GradSampleModuleFastGradientClipping(
             self.model,
@@ -169,7 +172,7 @@ class OpacusGhost(OpacusHooks):
         if bridged:
             use_veilspan_norms(self._wrapped)
         self._optimizer = optimizers.DPOptimizerFastGradientClipping(
-            _adamw(self.model),
+            shape.optimizer_of(self.model),
             noise_multiplier=noise_multiplier,
             max_grad_norm=CLIP_NORM,
             expected_batch_size=shape.records,
@@ -193,7 +196,7 @@ class FastDP:
         engine.transformers_support.forward_swapper = lambda module: None
         warnings.filterwarnings("ignore", "Using a non-full backward hook")
         self.model = shape.model()
-        self._optimizer = _adamw(self.model)
+        self._optimizer = shape.optimizer_of(self.model)
         self._shape, self._size = shape, size
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine: Any = engine.PrivacyEngine(
@@ -244,7 +247,3 @@ def why_absent(name: str) -> str | None:
     if package is None or importlib.util.find_spec(package) is not None:
         return None
     return f"{package} is not installed"
-
-
-def _adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-4)

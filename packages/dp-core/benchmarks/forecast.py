@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cells import LLAMA_8B
 from models import Shape
@@ -90,7 +91,7 @@ def plain_seconds(shape: Shape, sheet: Sheet) -> tuple[float, float]:
     return products + attention / (sheet.attention * sheet.flops), written
 
 
-def text(fields: dict[str, int], sheet: Sheet) -> Iterator[str]:
+def text(fields: dict[str, Any], sheet: Sheet) -> Iterator[str]:
     """Yield the lines of the table and of its assumptions."""
     rates = sheet.rates()
     yield (
@@ -121,8 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--page", type=Path, help="put the table between the marks of this page")
     options = parser.parse_args()
-    fields = {name: value for name, value in LLAMA_8B.items() if name != "fused_head"}
-    lines = "\n".join(text(fields, H100))
+    lines = "\n".join(text(LLAMA_8B, H100))
     if options.page:
         insert(lines, options.page, (BEGIN, END))
     else:

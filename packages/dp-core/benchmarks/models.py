@@ -22,6 +22,7 @@ class Shape:
         kv_heads: Heads of keys and values; 0 for as many as `heads`.
         fused_head: Score the head in chunks, so that no logits are stored, where a method can.
         checkpointing: Compute each layer's activations again in the backward pass.
+        optimizer: `adamw`, or `sgd` where the state of AdamW would not fit beside the model.
     """
 
     length: int
@@ -37,6 +38,7 @@ class Shape:
     device: str = "cpu"
     fused_head: bool = False
     checkpointing: bool = False
+    optimizer: str = "adamw"
 
     def model(self) -> nn.Module:
         """Return the model with random weights and an untied head."""
@@ -49,8 +51,14 @@ class Shape:
         finally:
             torch.set_default_dtype(before)
         if self.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         return model.train()
+
+    def optimizer_of(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return the optimizer of a model."""
+        kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.SGD
+        return kind(model.parameters(), lr=1e-4)
 
     def tokens(self, round_number: int) -> Tensor:
         """Return random token ids, `[records, length]`."""

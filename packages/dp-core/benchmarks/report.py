@@ -49,7 +49,7 @@ def table(cell: _Result) -> str:
     """Return one line per contestant of a cell."""
     lines = [
         f"{cell['key']}: {cell['records']} records a logical batch, "
-        f"plain training at {cell['plain_teraflops'] * 1e3:.0f} GFLOP/s",
+        f"plain training at {cell['plain_teraflops'] * 1e3:.0f} GFLOP/s{_share(cell)}",
         f"{'method':<16} {'s':>8} {'ratio':>7} {'quartiles':>15} {'of best':>8} {'MiB':>7}",
     ]
     for row in cell["rows"]:
@@ -64,6 +64,11 @@ def table(cell: _Result) -> str:
             f"{peak:>7}  {row['size']} x {row['strategy']}{same}"
         )
     return "\n".join(lines)
+
+
+def _share(cell: _Result) -> str:
+    """Return plain training's own share of what the device can do, where that is known."""
+    return f", {cell['plain_mfu']:.0%} of the data sheet" if "plain_mfu" in cell else ""
 
 
 def markdown(result: _Result) -> str:

@@ -8,8 +8,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -74,26 +73,30 @@ class Roster:
         self._shape, self._sizes = shape, sizes
         self._kept: dict[str, Method] = {}
 
-    @contextmanager
-    def turn(self, name: str) -> Iterator[Method]:
-        """Hand out a method that has run before on something small, or on its own micro-batch."""
-        on_cpu = self._shape.device == "cpu"
-        method = self._kept.get(name)
-        if method is None:
-            kind, size = self._sizes[name]
-            method = METHODS[kind](self._shape, size, NOISE_MULTIPLIER)
-            tokens = self._shape.tokens(0)
-            method.gradient(tokens[:size, :16].contiguous() if on_cpu else tokens[:size])
-            method.update()
-            if on_cpu:
-                self._kept[name] = method
-        try:
-            yield method
-        finally:
-            del method
-            if not on_cpu:
-                gc.collect()
-                torch.cuda.empty_cache()
+    def run(self, name: str, tokens: torch.Tensor) -> tuple[float, float | None]:
+        """Train a method on one logical batch, after something small or one micro-batch.
+
+        Returns:
+            Seconds, and on a GPU the peak memory above the weights, MiB.
+        """
+        if self._shape.device == "cpu":
+            method = self._kept.get(name) or self._built(name)
+            self._kept[name] = method
+            return _seconds(method, tokens), None
+        gc.collect()
+        torch.cuda.empty_cache()
+        method = self._built(name)
+        weights = sum(p.numel() * p.element_size() for p in method.model.parameters())
+        torch.cuda.reset_peak_memory_stats()
+        taken = _seconds(method, tokens)
+        return taken, (torch.cuda.max_memory_allocated() - weights) / 2**20
+
+    def _built(self, name: str) -> Method:
+        kind, size = self._sizes[name]
+        method = METHODS[kind](self._shape, size, NOISE_MULTIPLIER)
+        tokens = self._shape.tokens(0)[:size]
+        _seconds(method, tokens[:, :16].contiguous() if self._shape.device == "cpu" else tokens)
+        return method
 
 
 def time_rounds(
@@ -118,7 +121,7 @@ def time_rounds(
     times = Times({name: {} for name in names}, {}, {})
     start, plain = time.perf_counter(), names[0]
     for number in range(limits.rounds + 1):
-        if number and time.perf_counter() - start > limits.seconds:
+        if plain in times.failures or (number and time.perf_counter() - start > limits.seconds):
             break
         tokens, turn = shape.tokens(number), number % len(names)
         running = [
@@ -126,8 +129,7 @@ def time_rounds(
         ]
         for name in (*running[turn:], *running[:turn]):
             try:
-                with roster.turn(name) as method:
-                    taken, peak = _time(shape, method, tokens)
+                taken, peak = roster.run(name, tokens)
             except Exception as error:
                 if not (name.startswith(RIVALS) or isinstance(error, torch.OutOfMemoryError)):
                     raise
@@ -145,21 +147,16 @@ def _is_slow(times: Times, name: str, plain: str, limits: Limits) -> bool:
     return mine is not None and theirs is not None and mine > limits.slow * theirs
 
 
-def _time(shape: Shape, method: Method, tokens: torch.Tensor) -> tuple[float, float | None]:
-    """Return seconds, and on a GPU the peak memory above the weights, MiB."""
-    weights = sum(p.numel() * p.element_size() for p in method.model.parameters())
-    gpu = shape.device != "cpu"
+def _seconds(method: Method, tokens: torch.Tensor) -> float:
+    gpu = tokens.device.type != "cpu"
     if gpu:
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     method.gradient(tokens)
     method.update()
     if gpu:
         torch.cuda.synchronize()
-    taken = time.perf_counter() - start
-    peak = (torch.cuda.max_memory_allocated() - weights) / 2**20 if gpu else None
-    return taken, peak
+    return time.perf_counter() - start
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:

@@ -147,14 +147,16 @@ class ClippedSum:
     def add_samples_(self, name: str, grad_Bx: Tensor, factor_B: Tensor) -> None:
         """Add Σ_b factor_b · grad_b; a zero factor drops its sample, finite or not."""
         total = self._total(name, grad_Bx.shape[1:], grad_Bx)
-        factors = factor_B.tolist()
         alike = grad_Bx.dtype == total.dtype and grad_Bx.device.type == "cpu"
-        if alike and not self.sample_by_sample and all(factors):
-            # One sweep over the sum instead of one per sample. On a GPU, TF32 might round products.
-            total.view(-1).addmv_(grad_Bx.flatten(1).mT, factor_B.to(total.dtype))
+        if self.sample_by_sample or not alike:
+            for gradient, factor in zip(grad_Bx.unbind(0), factor_B.tolist(), strict=True):
+                self.add_(name, gradient, factor)
             return
-        for gradient, factor in zip(grad_Bx.unbind(0), factors, strict=True):
-            self.add_(name, gradient, factor)
+        # One sweep over the sum instead of one per sample. On a GPU, TF32 might round the products.
+        kept_B = factor_B != 0.0
+        if not bool(kept_B.all()):
+            grad_Bx, factor_B = grad_Bx[kept_B], factor_B[kept_B]
+        total.view(-1).addmv_(grad_Bx.flatten(1).mT, factor_B.to(total.dtype))
 
     def discard(self) -> None:
         """Forget every contribution."""
