@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_memory import high_water_mib
+from memory import high_water_mib
 from rounds import machine, quartiles, throughput_ratio, write
 from torch import Tensor, nn
 

@@ -4,21 +4,23 @@
 
 One round is one logical batch per method, in micro-batches of two records: forward, backward,
 clipping, noise and AdamW included. Methods take turns within a round, and the speed-up is paired by
-round. Peak memory comes from a process for each method, as in `bench_memory.py`.
+round. Peak memory comes from a process for each method.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_memory import measure_apart
-from contestants import QUICK, Shape, without_opacus
-from rounds import check_agreement, document, quartiles, throughput_ratio, time_rounds, write
+from contestants import why_absent
+from memory import peak_mib
+from models import QUICK, Shape
+from rounds import Limits, gradient_errors, machine, quartiles, time_rounds, today, write
 
-THEIRS, OURS = "opacus_ghost_2", "opacus_bridged_2"
+THEIRS, OURS, SIZE = "opacus_ghost", "opacus_bridged", 2
 
 
 def parse() -> argparse.Namespace:
@@ -36,16 +38,21 @@ def parse() -> argparse.Namespace:
 
 def measure(shape: Shape, rounds: int, threads: int) -> list[dict[str, Any]]:
     """Return one result per method at one length."""
-    seconds = time_rounds(shape, [THEIRS, OURS], rounds, lambda line: print(line, flush=True))
+    contestants = {name: (name, SIZE) for name in (THEIRS, OURS)}
+    times = time_rounds(
+        shape, contestants, Limits(rounds=rounds), lambda line: print(line, flush=True)
+    )
+    if times.failures:
+        raise RuntimeError(f"Opacus failed: {times.failures}")
     return [
         {
             "length": shape.length,
             "records": shape.records,
             "method": name,
-            "seconds": quartiles(seconds[name]),
-            "speed_up": throughput_ratio(seconds[name], seconds[THEIRS]),
-            "rounds": seconds[name],
-            **measure_apart(shape, name, threads),
+            "seconds": quartiles(list(times.settled(name).values())),
+            "speed_up": quartiles(times.paired(name, THEIRS)),
+            "rounds": list(times.settled(name).values()),
+            "peak_mib": peak_mib(shape, name, SIZE, threads),
         }
         for name in (THEIRS, OURS)
     ]
@@ -54,10 +61,11 @@ def measure(shape: Shape, rounds: int, threads: int) -> list[dict[str, Any]]:
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    if not without_opacus([THEIRS]):
+    if why := why_absent(THEIRS):
+        print(f"Left out: {why}. pip install opacus==1.6.0")
         return
     changes = QUICK if options.quick else {}
-    check_agreement(Shape(length=33, **QUICK), [THEIRS, OURS])
+    gradient_errors(Shape(length=33, **QUICK), [THEIRS, OURS], SIZE)
     results = []
     for length in options.lengths:
         results += measure(Shape(length=length, **changes), options.rounds, options.threads)
@@ -67,7 +75,14 @@ def main() -> None:
             f"{row['length']:>6} {row['method']:<18} {row['seconds']['median']:>8.2f} "
             f"{row['speed_up']['median']:>9.2f} {row['peak_mib']:>9.0f}"
         )
-    write(document("Opacus ghost clipping with our norms", results, changes), options.output)
+    result = {
+        "benchmark": "Opacus ghost clipping with our norms",
+        "date": today(),
+        "machine": machine(),
+        "model": dataclasses.asdict(Shape(length=max(options.lengths), **changes)),
+        "results": results,
+    }
+    write(result, options.output)
 
 
 if __name__ == "__main__":

@@ -1,73 +1,27 @@
-"""The ways of training that the step benchmark compares, each one logical batch at a time.
+"""The ways of training that the benchmarks compare, each one logical batch at a time.
 
-All train the same model on the same tokens with the same per-record loss and AdamW, so that their
-times differ by the cost of privacy alone. A method is named after its strategy and the number of
-records in its micro-batches.
+All train the same model on the same tokens with the same per-record loss and optimizer, so that
+their times differ by the cost of privacy alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import io
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol
 
-import torch
+from models import Shape
 from torch import Tensor, nn
 
-from veilspan.core import Flat, PrivateStep
-from veilspan.core.losses import causal_lm_losses
+from veilspan.core import Flat, PerLayer, PrivateStep
 from veilspan.core.opacus import use_veilspan_norms
 
-CLIP_NORM = 1
-QUICK = {"hidden": 64, "intermediate": 172, "layers": 2, "vocabulary": 256}
-"""A model so small that it only shows whether everything runs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """The model, plus the records of one logical batch."""
-
-    length: int
-    records: int = 4  # of one logical batch
-    hidden: int = 512
-    intermediate: int = 1376
-    layers: int = 4
-    heads: int = 8
-    vocabulary: int = 8192
-
-    def model(self) -> nn.Module:
-        """Return a Llama with random weights, fp32, untied head."""
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=self.vocabulary,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.heads,
-            max_position_embeddings=self.length,
-            tie_word_embeddings=False,
-            use_cache=False,
-        )
-        return LlamaForCausalLM(config).train()
-
-    def tokens(self, round_number: int) -> Tensor:
-        """Return random token ids, `[records, length]`."""
-        generator = torch.Generator().manual_seed(round_number)
-        return torch.randint(self.vocabulary, (self.records, self.length), generator=generator)
-
-
-def without_opacus(names: Sequence[str]) -> list[str]:
-    """Return the methods that can run here."""
-    if importlib.util.find_spec("opacus") is not None:
-        return list(names)
-    print("Opacus is not installed; it is left out. pip install opacus==1.6.0")
-    return [name for name in names if not name.startswith("opacus")]
+CLIP_NORM = 1.0
 
 
 class Method(Protocol):
@@ -84,25 +38,17 @@ class Method(Protocol):
         ...
 
 
-def _losses(model: nn.Module, tokens: Tensor) -> Tensor:
-    return causal_lm_losses(model(tokens).logits, tokens)
-
-
-def _adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-4)
-
-
 class Plain:
     """Training without privacy, gradients accumulated over micro-batches."""
 
-    def __init__(self, shape: Shape, noise_multiplier: float, *, size: int) -> None:
+    def __init__(self, shape: Shape, size: int, noise_multiplier: float) -> None:
         self.model = shape.model()
-        self._optimizer = _adamw(self.model)
-        self._size = size
+        self._optimizer = shape.optimizer_of(self.model)
+        self._shape, self._size = shape, size
 
     def gradient(self, tokens: Tensor) -> None:
         for part in tokens.split(self._size):
-            (_losses(self.model, part).sum() / len(tokens)).backward()
+            (self._shape.losses(self.model, part).sum() / len(tokens)).backward()
 
     def update(self) -> None:
         self._optimizer.step()
@@ -110,102 +56,194 @@ class Plain:
 
 
 class Veilspan:
-    """Our private step with one strategy and one norm method."""
+    """Our private step with one strategy and one norm method; `per_layer` clips each layer."""
 
     def __init__(
         self,
         shape: Shape,
+        size: int,
         noise_multiplier: float,
         *,
-        size: int,
         backward: str,
         norms: str = "auto",
     ) -> None:
         self.model = shape.model()
-        self._optimizer = _adamw(self.model)
-        self._size = size
+        self._optimizer = shape.optimizer_of(self.model)
+        self._shape, self._size = shape, size
+        clipping = (PerLayer if backward == "per_layer" else Flat)(clip_norm=CLIP_NORM)
         self._step = PrivateStep(
             self.model,
-            clipping=Flat(clip_norm=CLIP_NORM),
+            clipping=clipping,
             noise_multiplier=noise_multiplier,
             expected_batch_size=shape.records,
             backward=backward,
             norms=norms,
         )
 
+    def choice(self, size: int, length: int) -> str:
+        """Return the strategy for a micro-batch of `size` records of `length` tokens."""
+        return self._step._plan.choice(size, length).name
+
+    def best_microbatch(self, length: int, most: int) -> int:
+        """Return the size of micro-batch that the cost model finds fastest."""
+        return self._step.best_microbatch(length, most)
+
     def gradient(self, tokens: Tensor) -> None:
         with self._step:
             for part in tokens.split(self._size):
-                self._step.backward(_losses(self.model, part))
+                self._step.backward(self._shape.losses(self.model, part))
 
     def update(self) -> None:
         self._optimizer.step()
         self._optimizer.zero_grad()
 
 
-class OpacusGhost:
-    """Opacus ghost clipping, accumulating over micro-batches as its BatchMemoryManager does.
+class OpacusHooks:
+    """Opacus with per-sample gradients, accumulating as its BatchMemoryManager does.
 
-    `bridged` with our norms in its engine.
+    Never with activation checkpointing, whose second forward its hooks take for another use.
     """
 
-    def __init__(
-        self, shape: Shape, noise_multiplier: float, *, size: int, bridged: bool = False
-    ) -> None:
+    def __init__(self, shape: Shape, size: int, noise_multiplier: float) -> None:
         # A rival, installed for benchmarks alone: imported by name, so that types need no Opacus.
         grad_sample = importlib.import_module("opacus.grad_sample")
         optimizers = importlib.import_module("opacus.optimizers")
-        self._tensor = importlib.import_module(
-            "opacus.utils.fast_gradient_clipping_utils"
-        ).DPTensorFastGradientClipping
         warnings.filterwarnings("ignore", "Full backward hook is firing")  # its own hooks
-        self.model = shape.model()
-        self._size = size
-        self._wrapped = grad_sample.GradSampleModuleFastGradientClipping(
-            self.model, strict=False, max_grad_norm=CLIP_NORM
+        self.model = replace(shape, checkpointing=False).model()
+        self._shape, self._size = shape, size
+        self._wrapped: Any = grad_sample.GradSampleModule(
+            self.model, strict=False, loss_reduction="sum"
         )
-        if bridged:
-            use_veilspan_norms(self._wrapped)
-        self._optimizer = optimizers.DPOptimizerFastGradientClipping(
-            _adamw(self.model),
+        self._optimizer: Any = optimizers.DPOptimizer(
+            shape.optimizer_of(self.model),
             noise_multiplier=noise_multiplier,
             max_grad_norm=CLIP_NORM,
             expected_batch_size=shape.records,
+            loss_reduction="sum",
         )
 
     def gradient(self, tokens: Tensor) -> None:
         parts = tokens.split(self._size)
         for number, part in enumerate(parts):
-            losses_B = _losses(self._wrapped, part)
-            self._tensor(self._wrapped, self._optimizer, losses_B).backward()
+            self._backward(part)
             self._optimizer.signal_skip_step(number < len(parts) - 1)
             if number < len(parts) - 1:
                 self._optimizer.step()  # adds to the sum; skips the update
                 self._optimizer.zero_grad()
-        self._optimizer.pre_step()  # clipped sum, noise, scale: leaves `.grad`
+        self._optimizer.pre_step()  # clipped sum, noise: leaves `.grad`
+        for parameter in self.model.parameters():
+            parameter.grad /= len(tokens)
 
     def update(self) -> None:
         self._optimizer.original_optimizer.step()
         self._optimizer.zero_grad()
 
+    def _backward(self, part: Tensor) -> None:
+        self._shape.losses(self._wrapped, part, fused=False).sum().backward()
 
-METHODS: dict[str, Callable[[Shape, float], Method]] = {
-    "plain_1": lambda shape, noise: Plain(shape, noise, size=1),
-    "plain_2": lambda shape, noise: Plain(shape, noise, size=2),
-    "single_sample": lambda shape, noise: Veilspan(shape, noise, size=1, backward="single_sample"),
-    "per_sample_2": lambda shape, noise: Veilspan(shape, noise, size=2, backward="per_sample"),
-    "two_pass_direct_2": lambda shape, noise: Veilspan(
-        shape, noise, size=2, backward="two_pass", norms="direct"
-    ),
-    "two_pass_gram_2": lambda shape, noise: Veilspan(
-        shape, noise, size=2, backward="two_pass", norms="gram"
-    ),
-    "opacus_ghost_1": lambda shape, noise: OpacusGhost(shape, noise, size=1),
-    "opacus_ghost_2": lambda shape, noise: OpacusGhost(shape, noise, size=2),
-    "opacus_bridged_2": lambda shape, noise: OpacusGhost(shape, noise, size=2, bridged=True),
+
+class OpacusGhost(OpacusHooks):
+    """Opacus with two backward passes: ghost or fast gradient clipping; `bridged`: our norms."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        size: int,
+        noise_multiplier: float,
+        *,
+        ghost: bool = True,
+        bridged: bool = False,
+    ) -> None:
+        grad_sample = importlib.import_module("opacus.grad_sample")
+        optimizers = importlib.import_module("opacus.optimizers")
+        self._tensor = importlib.import_module(
+            "opacus.utils.fast_gradient_clipping_utils"
+        ).DPTensorFastGradientClipping
+        warnings.filterwarnings("ignore", "Full backward hook is firing")
+        self.model = replace(shape, checkpointing=False).model()
+        self._shape, self._size = shape, size
+        self._wrapped = grad_sample.GradSampleModuleFastGradientClipping(
+            self.model,
+            strict=False,
+            max_grad_norm=CLIP_NORM,
+            use_ghost_clipping=ghost,
+            loss_reduction="sum",
+        )
+        if bridged:
+            use_veilspan_norms(self._wrapped)
+        self._optimizer = optimizers.DPOptimizerFastGradientClipping(
+            shape.optimizer_of(self.model),
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=CLIP_NORM,
+            expected_batch_size=shape.records,
+            loss_reduction="sum",
+        )
+
+    def _backward(self, part: Tensor) -> None:
+        losses_B = self._shape.losses(self._wrapped, part, fused=False)
+        self._tensor(self._wrapped, self._optimizer, losses_B, loss_reduction="sum").backward()
+
+
+class FastDP:
+    """fastDP with book-keeping and mixed ghost norms (`MixOpt`).
+
+    It has no rule for the norms of Llama and leaves them untrained. Its rewriting of GPT-2's
+    forward, made for another transformers, is off: positions carry a record dimension already.
+    """
+
+    def __init__(self, shape: Shape, size: int, noise_multiplier: float) -> None:
+        engine = importlib.import_module("fastDP.privacy_engine")
+        engine.transformers_support.forward_swapper = lambda module: None
+        warnings.filterwarnings("ignore", "Using a non-full backward hook")
+        self.model = shape.model()
+        self._optimizer = shape.optimizer_of(self.model)
+        self._shape, self._size = shape, size
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._engine: Any = engine.PrivacyEngine(
+                self.model,
+                batch_size=shape.records,
+                sample_size=1_000_000,
+                epochs=1,
+                max_grad_norm=CLIP_NORM,
+                noise_multiplier=noise_multiplier,
+                clipping_fn="Abadi",
+                clipping_mode="MixOpt",
+                loss_reduction="sum",
+            )
+
+    def gradient(self, tokens: Tensor) -> None:
+        for part in tokens.split(self._size):
+            self._shape.losses(self.model, part, fused=False).sum().backward()
+        self._optimizer.zero_grad()
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._engine._create_noisy_clipped_gradient()
+        for _, parameter in self._engine.named_params:
+            parameter.grad /= len(tokens)
+
+    def update(self) -> None:
+        self._engine.unlock()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+METHODS: dict[str, Callable[[Shape, int, float], Method]] = {
+    "plain": Plain,
+    **{
+        name: lambda shape, size, noise, name=name: Veilspan(shape, size, noise, backward=name)
+        for name in ("auto", "single_sample", "per_sample", "bookkeeping", "two_pass", "per_layer")
+    },
+    "opacus_hooks": OpacusHooks,
+    "opacus_ghost": OpacusGhost,
+    "opacus_fgc": lambda shape, size, noise: OpacusGhost(shape, size, noise, ghost=False),
+    "fastdp_mixopt": FastDP,
+    "opacus_bridged": lambda shape, size, noise: OpacusGhost(shape, size, noise, bridged=True),
 }
-BASELINES = {
-    name: "plain_1" if name in ("single_sample", "opacus_ghost_1") else "plain_2"
-    for name in METHODS
-    if not name.startswith("plain")
-}
+"""Builds a method for a shape, records of a micro-batch, and a noise multiplier."""
+
+
+def why_absent(name: str) -> str | None:
+    """Return why a method cannot run here, or None."""
+    package = {"opacus": "opacus", "fastdp": "fastDP"}.get(name.split("_", maxsplit=1)[0])
+    if package is None or importlib.util.find_spec(package) is not None:
+        return None
+    return f"{package} is not installed"

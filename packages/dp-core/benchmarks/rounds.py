@@ -2,47 +2,160 @@
 
 from __future__ import annotations
 
-import dataclasses
+import gc
 import json
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import METHODS, Method, Shape
+from contestants import METHODS, Method
+from models import Shape
 
 NOISE_MULTIPLIER = 1.0
+RIVALS = ("opacus", "fastdp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How long a cell may take.
+
+    Args:
+        rounds: Timed rounds, at most.
+        seconds: No further round starts after this many.
+        slow: A method that many times slower than plain training takes part in one round.
+    """
+
+    rounds: int
+    seconds: float = float("inf")
+    slow: float = float("inf")
+
+
+@dataclass
+class Times:
+    """What the rounds of one cell gave.
+
+    Args:
+        seconds: Of each method, by round.
+        failures: Why a method stopped, by method.
+        peaks: Peak memory above the weights, MiB, where the device tells.
+    """
+
+    seconds: dict[str, dict[int, float]]
+    failures: dict[str, str]
+    peaks: dict[str, float]
+
+    def settled(self, name: str) -> dict[int, float]:
+        """Return the rounds that count: without the first, which warms up, if two others exist."""
+        rounds = self.seconds[name]
+        return {r: s for r, s in rounds.items() if r > 0} if len(rounds) > 2 else rounds
+
+    def paired(self, name: str, baseline: str) -> list[float]:
+        """Return baseline seconds over method seconds, round by round."""
+        mine, theirs = self.settled(name), self.settled(baseline)
+        both = [r for r in mine if r in theirs]
+        if not both:  # a method that was in the first round alone
+            mine, theirs = self.seconds[name], self.seconds[baseline]
+            both = [r for r in mine if r in theirs]
+        return [theirs[r] / mine[r] for r in both]
+
+
+class Roster:
+    """Methods that take turns: kept on the CPU; on a GPU built for each turn, then let go."""
+
+    def __init__(self, shape: Shape, sizes: Mapping[str, tuple[str, int]]) -> None:
+        self._shape, self._sizes = shape, sizes
+        self._kept: dict[str, Method] = {}
+
+    def run(self, name: str, tokens: torch.Tensor) -> tuple[float, float | None]:
+        """Train a method on one logical batch, after something small or one micro-batch.
+
+        Returns:
+            Seconds, and on a GPU the peak memory above the weights, MiB.
+        """
+        if self._shape.device == "cpu":
+            method = self._kept.get(name) or self._built(name)
+            self._kept[name] = method
+            return _seconds(method, tokens), None
+        gc.collect()
+        torch.cuda.empty_cache()
+        method = self._built(name)
+        weights = sum(p.numel() * p.element_size() for p in method.model.parameters())
+        torch.cuda.reset_peak_memory_stats()
+        taken = _seconds(method, tokens)
+        return taken, (torch.cuda.max_memory_allocated() - weights) / 2**20
+
+    def _built(self, name: str) -> Method:
+        kind, size = self._sizes[name]
+        method = METHODS[kind](self._shape, size, NOISE_MULTIPLIER)
+        tokens = self._shape.tokens(0)[:size]
+        _seconds(method, tokens[:, :16].contiguous() if self._shape.device == "cpu" else tokens)
+        return method
 
 
 def time_rounds(
-    shape: Shape, names: Sequence[str], rounds: int, say: Callable[[str], None]
-) -> dict[str, list[float]]:
+    shape: Shape,
+    sizes: Mapping[str, tuple[str, int]],
+    limits: Limits,
+    say: Callable[[str], None],
+) -> Times:
     """Return the seconds of one logical batch per round, for each method.
 
-    A round before the first warms everything up. The order rotates by one from round to round.
+    The order rotates by one from round to round. A rival that fails is left out from then on, and
+    so is any method that runs out of memory; an error of our own is raised.
+
+    Args:
+        shape: The model and the logical batch.
+        sizes: Method and records of its micro-batches, by the name of the contestant; the first is
+            plain training.
+        limits: When to stop.
+        say: Shows one line.
     """
-    methods = {name: METHODS[name](shape, NOISE_MULTIPLIER) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(-1, rounds):
-        tokens = shape.tokens(number + 1)
-        turn = number % len(names)
-        for name in (*names[turn:], *names[:turn]):
-            taken = _time(methods[name], tokens)
-            if number >= 0:
-                seconds[name].append(taken)
-            say(f"T={shape.length} round {number + 1}/{rounds} {name}: {taken:.2f} s")
-    return seconds
+    names, roster = list(sizes), Roster(shape, sizes)
+    times = Times({name: {} for name in names}, {}, {})
+    start, plain = time.perf_counter(), names[0]
+    for number in range(limits.rounds + 1):
+        if plain in times.failures or (number and time.perf_counter() - start > limits.seconds):
+            break
+        tokens, turn = shape.tokens(number), number % len(names)
+        running = [
+            n for n in names if n not in times.failures and not _is_slow(times, n, plain, limits)
+        ]
+        for name in (*running[turn:], *running[:turn]):
+            try:
+                taken, peak = roster.run(name, tokens)
+            except Exception as error:
+                if not (name.startswith(RIVALS) or isinstance(error, torch.OutOfMemoryError)):
+                    raise
+                times.failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                continue
+            times.seconds[name][number] = taken
+            if peak is not None:
+                times.peaks[name] = max(peak, times.peaks.get(name, 0.0))
+            say(f"T={shape.length} round {number}/{limits.rounds} {name}: {taken:.2f} s")
+    return times
 
 
-def _time(method: Method, tokens: torch.Tensor) -> float:
+def _is_slow(times: Times, name: str, plain: str, limits: Limits) -> bool:
+    mine, theirs = times.seconds[name].get(0), times.seconds[plain].get(0)
+    return mine is not None and theirs is not None and mine > limits.slow * theirs
+
+
+def _seconds(method: Method, tokens: torch.Tensor) -> float:
+    gpu = tokens.device.type != "cpu"
+    if gpu:
+        torch.cuda.synchronize()
     start = time.perf_counter()
     method.gradient(tokens)
     method.update()
+    if gpu:
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -54,30 +167,38 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
     return {"q1": q1, "median": median, "q3": q3}
 
 
-def throughput_ratio(method: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
-    """Return median and quartiles of baseline seconds over method seconds, paired by round."""
-    return quartiles([b / m for m, b in zip(method, baseline, strict=True)])
+def gradient_errors(shape: Shape, names: Sequence[str], size: int) -> dict[str, float | str]:
+    """Return how far each flat-clipping method's mean of clipped gradients is from our first's.
 
-
-def check_agreement(shape: Shape, names: Sequence[str]) -> None:
-    """Make sure that all private methods compute the same clipped mean when no noise is added.
+    Relative to its norm, without noise; of a rival that fails, the failure.
 
     Raises:
-        RuntimeError: If one differs from the first by more than 1e-4 of its norm.
+        RuntimeError: If one of ours differs from another by more than 1e-4.
     """
     tokens = shape.tokens(0)
-    reference: torch.Tensor | None = None
+    reference: dict[str, torch.Tensor] | None = None
+    errors: dict[str, float | str] = {}
     for name in names:
-        if name.startswith("plain"):
+        try:
+            method = METHODS[name](shape, 1 if name == "single_sample" else size, 0.0)
+            method.gradient(tokens)
+        except Exception as error:
+            if not name.startswith(RIVALS):
+                raise
+            errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             continue
-        method = METHODS[name](shape, 0.0)
-        method.gradient(tokens)
-        grads = [p.grad.flatten() for p in method.model.parameters() if p.grad is not None]
-        gradient = torch.cat(grads)
-        reference = gradient if reference is None else reference
-        error = float((gradient - reference).norm() / reference.norm())
-        if not error < 1e-4:
-            raise RuntimeError(f"{name} computes another gradient: relative error {error:.1e}.")
+        parameters = method.model.named_parameters()
+        found = {
+            n.removeprefix("_module."): torch.zeros_like(p) if p.grad is None else p.grad
+            for n, p in parameters
+        }
+        reference = found if reference is None else reference
+        apart = sum(float((found[n] - g).square().sum()) for n, g in reference.items())
+        whole = sum(float(g.square().sum()) for g in reference.values())
+        errors[name] = (apart / whole) ** 0.5
+        if errors[name] > 1e-4 and not name.startswith("fastdp"):
+            raise RuntimeError(f"{name} computes another gradient: error {errors[name]:.1e}.")
+    return errors
 
 
 def machine() -> dict[str, object]:
@@ -87,9 +208,11 @@ def machine() -> dict[str, object]:
     if info.exists():
         lines = (line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
         cpu = next((value.strip() for name, value in lines if name.strip() == "model name"), cpu)
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
+        **gpu,
         "load_average": os.getloadavg()[0],
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -98,22 +221,15 @@ def machine() -> dict[str, object]:
     }
 
 
-def document(
-    name: str, results: Sequence[Mapping[str, Any]], changes: Mapping[str, int]
-) -> dict[str, Any]:
-    """Return a result file: what was measured, when, on which machine, of which model."""
-    model = dataclasses.asdict(Shape(length=max(row["length"] for row in results), **changes))
-    return {
-        "benchmark": name,
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "model": {k: v for k, v in model.items() if k not in ("length", "records")},
-        "results": list(results),
-    }
+def today() -> str:
+    """Return the date, UTC."""
+    return datetime.now(UTC).date().isoformat()
 
 
 def write(result: Mapping[str, Any], path: Path | None) -> None:
-    """Write a result file, if a path is given."""
+    """Write a result file as a whole or not at all, if a path is given."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps(result, indent=1) + "\n")
+        draft.replace(path)

@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from veilspan.core.rates import DeviceRates
 
 _FP32 = 4.0  # bytes
-_STORED_PASSES = 5.0  # write, read for the norm, read, read and write the sum
+_GRADIENT_PASSES = 3.0  # write, read for the norm, read for the sum
+_LAYER_CALLS = 400.0
+"""A linear map, forward and backward with what runs beside it, in calls on almost nothing."""
+_TELLING = 1.03
+"""Forecasts of a step that are closer than this do not tell which is faster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +29,7 @@ class ModelShape:
         largest: Elements of the largest layer.
         features: Σ(I + O) over the linear maps of the largest clipping group.
         layered: Whether every clipping group ends within a layer.
+        gradient_bytes: Of one element of a gradient.
     """
 
     linears: tuple[tuple[int, int], ...]
@@ -32,6 +37,7 @@ class ModelShape:
     largest: int
     features: int
     layered: bool
+    gradient_bytes: float = _FP32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +106,8 @@ def forecast_all(
         norm_method: Norm method of a linear map of (tokens, inputs, outputs).
     """
     parameters = _FP32 * model.parameters
-    stored = _STORED_PASSES * size * parameters / rates.bandwidth
+    gradient = model.gradient_bytes * model.parameters
+    stored = size * (_GRADIENT_PASSES * gradient + 2.0 * parameters) / rates.bandwidth
     products = sum(2.0 * size * length * i * o for i, o in model.linears) / rates.flops
     norms = sum(
         size * norm_seconds(norm_method(length, i, o), (length, i, o), rates)
@@ -111,7 +118,7 @@ def forecast_all(
     weighed = norms + (scaling + 3.0 * parameters) / rates.bandwidth + calls
     kept = "single_sample" if size <= 1 else "per_sample"
     found = [
-        Forecast(name=kept, seconds=stored, bytes=size * parameters),
+        Forecast(name=kept, seconds=stored, bytes=size * gradient),
         Forecast(name="bookkeeping", seconds=weighed, bytes=_FP32 * size * length * model.features),
         # A second pass through everything: input gradients again, and what lies between layers.
         Forecast(name="two_pass", seconds=weighed + 1.3 * products, bytes=0.0),
@@ -147,10 +154,11 @@ def best_microbatch(
     rates: DeviceRates,
     norm_method: Callable[[int, int, int], str],
 ) -> int:
-    """Return the number of records a micro-batch that takes the least time per record.
+    """Return the smallest micro-batch, in records, that takes about the least time per record.
 
     Weights are read, and operations are started, once per micro-batch whatever its size; short
-    sequences share that. Powers of two are tried.
+    sequences share that. Where sharing gains nothing that the model can tell, activations of fewer
+    records stay closer to the processor. Powers of two are tried.
 
     Args:
         length: Tokens T of each record.
@@ -169,8 +177,10 @@ def best_microbatch(
         if not fits:
             return float("inf")
         shared = 3.0 * _FP32 * model.parameters / rates.bandwidth
-        shared += 60.0 * len(model.linears) * rates.call_seconds
-        return (fits[0].seconds + shared) / size
+        shared += _LAYER_CALLS * len(model.linears) * rates.call_seconds
+        return ordinary + (fits[0].seconds + shared) / size
 
-    sizes = [2**k for k in range(max(1, most).bit_length())]
-    return min(sizes, key=seconds_per_record)
+    ordinary = sum(6.0 * length * i * o for i, o in model.linears) / rates.flops
+    seconds = {2**k: seconds_per_record(2**k) for k in range(max(1, most).bit_length())}
+    most_allowed = _TELLING * min(seconds.values())
+    return next((size for size, each in seconds.items() if each <= most_allowed), 1)

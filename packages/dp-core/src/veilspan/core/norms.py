@@ -28,18 +28,16 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def sq_norm(values: Tensor) -> Tensor:
     """Return Σ values² as an fp64 scalar, from fp32 chains short enough to keep 6 digits."""
-    flat = values.reshape(-1)
-    whole = flat.numel() // _CHAIN * _CHAIN
-    parts = [flat[:whole].view(-1, _CHAIN), flat[whole:].view(1, -1)]
-    return sum(
-        (_row_norms(part).square().sum() for part in parts if part.numel()),
-        start=flat.new_zeros((), dtype=torch.float64),
-    )
+    return sq_norms(values.reshape(1, -1))[0]
 
 
 def sq_norms(values_Bx: Tensor) -> Tensor:
     """Return Σ values² of each sample, `[B]` fp64; `values_Bx` is `[B, …]`."""
-    return torch.stack([sq_norm(value) for value in values_Bx.unbind(0)])
+    flat_Bn = values_Bx.reshape(len(values_Bx), -1)
+    whole = flat_Bn.shape[1] // _CHAIN * _CHAIN
+    chains = flat_Bn[:, :whole].unflatten(1, (whole // _CHAIN, _CHAIN))
+    sq_B = _row_norms(chains).square().sum(1)
+    return sq_B + _row_norms(flat_Bn[:, whole:]).square()
 
 
 def rounding_guard(length: int, dtype: torch.dtype) -> float:

@@ -76,7 +76,12 @@ class StrategyPlan:
         return STRATEGIES[self.backward].tapped
 
     def tapped(self, size: int, length: int) -> str | None:
-        """Return the tapped strategy for `size` records of `length` tokens; None for no taps.
+        """Return the tapped strategy for `size` records of `length` tokens; None for no taps."""
+        name = self.choice(size, length).name
+        return name if STRATEGIES[name].tapped else None
+
+    def choice(self, size: int, length: int) -> Choice:
+        """Return the strategy for `size` records of `length` tokens, with its reason.
 
         Decided at the first sight of a shape.
         """
@@ -86,11 +91,10 @@ class StrategyPlan:
             if choice.name not in {known.name for known in self.chosen.values()}:
                 _log.info("backward: %s (%s)", choice.name, choice.reason)
             self.chosen[key] = choice
-        name = self.chosen[key].name
-        return name if STRATEGIES[name].tapped else None
+        return self.chosen[key]
 
     def best_microbatch(self, length: int, most: int) -> int:
-        """Return the number of records a micro-batch that takes the least time per record."""
+        """Return the smallest micro-batch that takes about the least time per record."""
         if self.backward == "single_sample" or self._obstacle() is not None:
             return 1
         return best_microbatch(length, most, self.shape, self.rates, self.norm_method)
@@ -236,6 +240,7 @@ def _shape(groups: Groups, modules: Sequence[OwnedModule], names: Mapping[int, s
         largest=max(sum(p.numel() for p in m.parameters.values()) for m in modules),
         features=max(features),
         layered=_end_within_layers(groups, modules, names),
+        gradient_bytes=max(p.element_size() for m in modules for p in m.parameters.values()),
     )
 
 

@@ -146,8 +146,17 @@ class ClippedSum:
 
     def add_samples_(self, name: str, grad_Bx: Tensor, factor_B: Tensor) -> None:
         """Add Σ_b factor_b · grad_b; a zero factor drops its sample, finite or not."""
-        for gradient, factor in zip(grad_Bx.unbind(0), factor_B.tolist(), strict=True):
-            self.add_(name, gradient, factor)
+        total = self._total(name, grad_Bx.shape[1:], grad_Bx)
+        alike = grad_Bx.dtype == total.dtype and grad_Bx.device.type == "cpu"
+        if self.sample_by_sample or not alike:
+            for gradient, factor in zip(grad_Bx.unbind(0), factor_B.tolist(), strict=True):
+                self.add_(name, gradient, factor)
+            return
+        # One sweep over the sum instead of one per sample. On a GPU, TF32 might round the products.
+        kept_B = factor_B != 0.0
+        if not bool(kept_B.all()):
+            grad_Bx, factor_B = grad_Bx[kept_B], factor_B[kept_B]
+        total.view(-1).addmv_(grad_Bx.flatten(1).mT, factor_B.to(total.dtype))
 
     def discard(self) -> None:
         """Forget every contribution."""

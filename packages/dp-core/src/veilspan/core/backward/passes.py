@@ -14,8 +14,11 @@ from torch import Tensor
 
 from veilspan.core.backward.base import Workspace
 from veilspan.core.contributions import Contribution, NormChoice
-from veilspan.core.norms import sq_norms
+from veilspan.core.norms import compute_dtype, sq_norms
 from veilspan.core.taps import MicroBatch, Use
+
+_TOGETHER = 1 << 22
+"""Elements, at most, of per-sample gradients that are formed at once where none should be kept."""
 
 
 class Samples:
@@ -47,17 +50,36 @@ class Samples:
         self._work.sums.add_samples_(name, self._grads.pop(name), factor_B)
 
 
-@dataclass
 class SamplePass:
-    """Forms the per-sample gradient of every parameter."""
+    """Forms the per-sample gradient of every parameter.
 
-    samples: Samples
-    keeps: bool = False
+    The norm is taken as soon as the last use has come back, while the gradient is in the cache.
+
+    Args:
+        work: The step's parts.
+        batch: The micro-batch.
+    """
+
+    keeps = False
+
+    def __init__(self, work: Workspace, batch: MicroBatch) -> None:
+        self.samples = Samples(work, batch.size)
+        self._awaited = Counter(batch.uses)
+        self._sq_norms: dict[str, Tensor] = {}
 
     def receive(self, use: Use) -> None:
         """Add this use to the per-sample gradients."""
         for name, part in use.parts():
             self.samples.add(name, part)
+            self._sq_norms.pop(name, None)  # whatever was measured before this use
+            self._awaited[name] -= 1
+            if self._awaited[name] <= 0:
+                self._sq_norms[name] = self.samples.sq_norms(name)
+
+    def sq_norms(self, name: str) -> Tensor:
+        """Return the squared norm of each sample's gradient of one parameter, `[B]` fp64."""
+        known = self._sq_norms.get(name)  # missing where the loss did not reach every use
+        return self.samples.sq_norms(name) if known is None else known
 
 
 class NormPass:
@@ -147,7 +169,7 @@ class BookPass:
             complete = self._awaited[group] == 0
             alone = group not in self._open and all(self._batch.uses[n] == 1 for n, _ in entries)
             if self._formed and complete and alone:
-                self._clip_formed(group, entries)
+                self._clip_formed(group, entries, grad_output.dtype)
             else:
                 self._enter(group, entries)
                 if complete:
@@ -183,14 +205,30 @@ class BookPass:
             self._shared.flush(name, factor_B)
         self._closed.add(group)
 
-    def _clip_formed(self, group: int, entries: list[tuple[str, Contribution]]) -> None:
+    def _clip_formed(
+        self, group: int, entries: list[tuple[str, Contribution]], dtype: torch.dtype
+    ) -> None:
+        elements = self._batch.size * sum(self._work.owned[name].numel() for name, _ in entries)
+        if elements <= _TOGETHER and dtype == compute_dtype(dtype):
+            self._clip_together(group, entries)
+        else:
+            self._clip_each(group, entries)
+        self._closed.add(group)
+
+    def _clip_together(self, group: int, entries: list[tuple[str, Contribution]]) -> None:
+        formed = [(name, part.per_sample()) for name, part in entries]
+        sq_norm_B = sum((sq_norms(grad_Bx) for _, grad_Bx in formed), start=self._zeros())
+        factor_B = self._work.factors(group, sq_norm_B, slack=self._slack)
+        for name, grad_Bx in formed:
+            self._work.sums.add_samples_(name, grad_Bx, factor_B)
+
+    def _clip_each(self, group: int, entries: list[tuple[str, Contribution]]) -> None:
         for b in range(self._batch.size):
             formed = [(name, part.sample(b)) for name, part in entries]
             sq_norm = sum((g.sq_norm() for _, g in formed), start=self._zeros()[0])
             factor_B = self._work.factors(group, sq_norm[None], slack=self._slack)
             for name, gradient in formed:
                 gradient.add_to(self._work.sums, name, float(factor_B))
-        self._closed.add(group)
 
     def _zeros(self) -> Tensor:
         return torch.zeros(self._batch.size, dtype=torch.float64, device=self._batch.device)
