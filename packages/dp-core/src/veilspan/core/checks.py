@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from veilspan.core.errors import PrivacyError
+from veilspan.core.errors import PrivacyError, UnsupportedModelError
 from veilspan.core.groups import Clipping
 
 
@@ -38,6 +40,21 @@ def check_numbers(
         )
     if first_step < 0:
         raise ValueError(f"first_step is {first_step}; it must be at least 0.")
+
+
+def refuse_gradient_averaging(model: nn.Module) -> None:
+    """Refuse wrappers that average the gradients of different records before they are clipped.
+
+    Raises:
+        UnsupportedModelError: Naming the wrapper and the way out.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, DataParallel | DistributedDataParallel | FullyShardedDataParallel):
+            raise UnsupportedModelError(
+                f"Module '{name}' is {type(module).__name__}, which averages the gradients of "
+                "different records over ranks before they are clipped. Pass the bare model and "
+                "reduction=, such as veilspan.parallel.ReplicaReduction(mesh)."
+            )
 
 
 def check_losses(losses_B: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from veilspan.core.attachment import Attachment
 from veilspan.core.backward import STRATEGIES, Workspace
 from veilspan.core.backward.reach import reaches_its_record_alone
-from veilspan.core.checks import check_losses, check_numbers
+from veilspan.core.checks import check_losses, check_numbers, refuse_gradient_averaging
 from veilspan.core.errors import PrivacyError
 from veilspan.core.groups import Clipping
 from veilspan.core.noise import GaussianNoise, new_key
@@ -101,6 +101,7 @@ class PrivateStep:
     ) -> None:
         check_numbers(clipping, noise_multiplier, expected_batch_size, first_step)
         refuse_cross_sample_layers(model)
+        refuse_gradient_averaging(model)
         self.clipping = clipping
         self.noise_multiplier = float(noise_multiplier)
         self.expected_batch_size = float(expected_batch_size)
@@ -163,10 +164,7 @@ class PrivateStep:
         self._attachment.activate(False)
         try:
             if kind is None:
-                self._attachment.require_same_parameters()
-                self._attachment.require_no_gradients(
-                    "inside the logical batch", "step.backward(losses_B)"
-                )
+                self._attachment.require_whole_batch()
                 self._release()
         except BaseException:
             self._discard()
@@ -204,6 +202,9 @@ class PrivateStep:
         try:
             self._probe_separability(losses_B)
             STRATEGIES[batch.strategy if batch else "single_sample"].run(self._work, losses_B)
+        except BaseException:
+            self._attachment.broken = True  # part of it may be in the sum already
+            raise
         finally:
             self._attachment.end_micro_batch()
 
