@@ -29,9 +29,15 @@ def clipping_for(backward, clip_norm=1.0):
     return (PerLayer if backward == "per_layer" else Flat)(clip_norm=clip_norm)
 
 
-def attach(model, backward="per_sample", **options):
-    options = {"noise_multiplier": 0.0, "expected_batch_size": 1.0} | options
-    return PrivateStep(model, clipping=clipping_for(backward), backward=backward, **options)
+def attach(model, backward="per_sample", *, noise_multiplier=0.0, **options):
+    return PrivateStep(
+        model,
+        clipping=clipping_for(backward),
+        noise_multiplier=noise_multiplier,
+        expected_batch_size=1.0,
+        backward=backward,
+        **options,
+    )
 
 
 def square_losses(model, x):
@@ -253,7 +259,8 @@ def test_pitfall_11_a_layer_exchanged_for_one_with_the_same_parameters_is_refuse
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     step = attach(model, backward)
     other = nn.Linear(3, 3)
-    other.weight, other.bias = model[0].weight, model[0].bias
+    for name, parameter in model[0].named_parameters():
+        setattr(other, name, parameter)
     model[0] = other
     with pytest.raises(PrivacyError, match=r"Parameter '0.\w+' received a gradient"), step:
         step.backward(square_losses(model, torch.randn(2, 3)))
@@ -268,8 +275,9 @@ def test_pitfall_11_a_second_optimizer_inside_of_the_batch_is_refused(backward):
         step,
     ):
         step.backward(square_losses(model, records(backward, 3)))
-        second = torch.optim.SGD(model[0].parameters(), lr=0.1)
-        model[0].weight.grad = torch.ones_like(model[0].weight)
+        second = torch.optim.SGD(model.parameters(), lr=0.1)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
         second.step()
         second.zero_grad()
 
@@ -328,7 +336,9 @@ def test_pitfall_42_an_optimizer_inside_of_backward_is_refused(backward):
 def test_pitfall_42_a_fused_optimizer_after_the_batch_moves_by_the_released_gradient(form):
     models = [nn.Linear(3, 2) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    fused = torch.optim.AdamW(models[0].parameters(), lr=0.1, **{form: True})
+    fused = torch.optim.AdamW(
+        models[0].parameters(), lr=0.1, fused=form == "fused", foreach=form == "foreach"
+    )
     plain = torch.optim.AdamW(models[1].parameters(), lr=0.1, foreach=False)
     step, batch = attach(models[0], noise_multiplier=1.0), {"x": torch.randn(4, 3)}
     for _ in range(3):
@@ -390,11 +400,11 @@ def test_pitfall_55_parameters_that_no_optimizer_moves_still_count_in_the_norm(b
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double()
     batch = {"x": torch.randn(3, 3, dtype=torch.float64)}
     expected = Oracle.of(model, batch_losses, batch, clipping_for(backward))
-    before = model[0].weight.clone()
+    before = {name: p.clone() for name, p in model[0].named_parameters()}
     optimizer = torch.optim.AdamW(model[1].parameters(), lr=0.1)  # the first layer stays
     got = gradients(attach(model, backward), batch_losses, batch)
     optimizer.step()
-    assert torch.equal(model[0].weight, before)
+    assert all(torch.equal(p, before[name]) for name, p in model[0].named_parameters())
     assert_close(got, expected.clipped_sum, 1e-10)
 
 
@@ -410,4 +420,5 @@ def test_pitfall_55_an_average_of_released_weights_is_left_alone():
         optimizer.zero_grad()
         average.update_parameters(model)
         seen.append(model.weight.detach().clone())
-    assert torch.allclose(average.module.weight, torch.stack(seen).mean(0))
+    released = next(average.parameters())
+    assert torch.allclose(released, torch.stack(seen).mean(0))

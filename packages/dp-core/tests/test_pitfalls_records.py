@@ -41,9 +41,15 @@ def clipping_for(backward):
     return (PerLayer if backward == "per_layer" else Flat)(clip_norm=1.0)
 
 
-def attach(model, backward="per_sample", **options):
-    options = {"noise_multiplier": 0.0, "expected_batch_size": 1.0} | options
-    return PrivateStep(model, clipping=clipping_for(backward), backward=backward, **options)
+def attach(model, backward="per_sample", *, noise_multiplier=0.0, **options):
+    return PrivateStep(
+        model,
+        clipping=clipping_for(backward),
+        noise_multiplier=noise_multiplier,
+        expected_batch_size=1.0,
+        backward=backward,
+        **options,
+    )
 
 
 def square_losses(model, x):
@@ -136,7 +142,8 @@ def test_pitfall_15_buffers_of_an_earlier_micro_batch_leave_nothing_behind(backw
     with step:
         for part in [*(x[2:] * math.nan).split(size), *x[:2].split(min(size, 2))]:
             step.backward(square_losses(model, part))
-    assert_close({n: p.grad for n, p in step.parameters.items()}, expected, 1e-10)
+    got = {n: p.grad for n, p in step.parameters.items() if p.grad is not None}
+    assert_close(got, expected, 1e-10)
 
 
 class FailsOnce:
