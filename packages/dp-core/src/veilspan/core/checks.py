@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -79,3 +81,23 @@ def check_losses(losses_B: Tensor) -> None:
             "losses_B does not require grad: the model ran under torch.no_grad(), or no trainable "
             "parameter takes part in the loss."
         )
+
+
+@contextmanager
+def second_pass_explained() -> Iterator[None]:
+    """Say what to do where torch refuses to differentiate a graph a second time.
+
+    Raises:
+        PrivacyError: In place of torch's error about selective activation checkpointing.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "selective activation checkpoint" not in str(error):
+            raise
+        raise PrivacyError(
+            "Selective activation checkpointing lets a graph be differentiated once, but "
+            "backward='two_pass' does it twice, and the first micro-batch of two or more records "
+            "is probed. Use another strategy, and call step.probe(losses_B) once on a forward pass "
+            "of its own, or use checkpointing that is not selective."
+        ) from error
