@@ -16,9 +16,9 @@ HEAD = """\
 Most mistakes in private training raise no error. The model trains, an ε is printed, and it is not
 true. This page lists those that Veilspan knows. Each is refused before training starts or held down
 by tests: the tests of row 20 are called `test_pitfall_20_…`, and the build fails when a row here
-has no test or a test has no row. Gaps in the numbers belong to features that this version does not
-have. The second column says whether the mistake breaks the stated guarantee: always, sometimes (in
-a plausible configuration), or never (the result is wrong in another way).
+has no test or a test has no row. The second column says whether the mistake breaks the stated
+guarantee: always, sometimes (in a plausible configuration), or never (the result is wrong in
+another way).
 """
 
 TAIL = """\

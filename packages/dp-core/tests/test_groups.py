@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from veilspan.core import (
     Automatic,
@@ -22,6 +23,7 @@ from veilspan.core import (
     PrivateQuantile,
     PrivateStep,
 )
+from veilspan.core.backward.passes import BookPass
 
 SIZES = {
     "model.embed_tokens.weight": 40,
@@ -261,3 +263,32 @@ def test_a_private_quantile_outside_of_its_range_is_refused(options, message):
 def test_adaptive_thresholds_refuse_a_rule_without_threshold():
     with pytest.raises(ValueError, match="no threshold that norms stay below"):
         Flat(clip_norm=1.0, rule=Automatic(), adaptive=PrivateQuantile())
+
+
+def most_held(clipping, backward, monkeypatch):
+    """Return the most output gradients alive when a layer hands over its own."""
+    seen, counts, receive = [], [], BookPass.receive
+
+    def count(self, use):
+        seen.append(StorageWeakRef(use.grad_output.untyped_storage()))
+        counts.append(sum(not storage.expired() for storage in seen))
+        receive(self, use)
+
+    layers = [nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(6)]
+    model = nn.Sequential(*layers)
+    step = PrivateStep(
+        model, clipping=clipping, noise_multiplier=0, expected_batch_size=1, backward=backward
+    )
+    with step, monkeypatch.context() as patch:
+        patch.setattr(BookPass, "receive", count)
+        step.backward(model(torch.randn(1, 5, 8)).square().flatten(1).sum(1))
+    assert len(counts) == 12
+    return max(counts)
+
+
+def test_a_group_that_ends_early_lets_go_of_its_tensors(monkeypatch):
+    """There are 12 layers in 6 blocks, and every output gradient is of one size."""
+    assert most_held(Flat(clip_norm=1.0), "bookkeeping", monkeypatch) == 12
+    assert most_held(PerBlock(clip_norm=1.0), "bookkeeping", monkeypatch) == 2
+    assert most_held(PerLayer(clip_norm=1.0), "bookkeeping", monkeypatch) == 1
+    assert most_held(PerLayer(clip_norm=1.0), "per_layer", monkeypatch) == 1

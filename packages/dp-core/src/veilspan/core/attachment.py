@@ -42,6 +42,8 @@ class Attachment:
         self._active = False
         self._decided = False  # the model's own input has told the size of this micro-batch
         self._inference = 0
+        self._before: dict[str, tuple[Tensor, int]] = {}
+        self.broken = False  # a micro-batch of this logical batch failed half-way
         self._names = {id(p): name for name, p in owned.items()}
         self.sites = [self._patch(module) for module in modules]
         self._handles = [
@@ -83,12 +85,16 @@ class Attachment:
     def activate(self, active: bool) -> None:
         """Let forward passes count as micro-batches, or stop it."""
         self._active = active
+        if active:
+            self._before, self.broken = _versions(self.model), False
         self.end_micro_batch()
         if self.sites:
             keep_saved_tensors(active)
 
     def end_micro_batch(self) -> None:
         """Forget the taps of the micro-batch in progress."""
+        if self.micro_batch is not None:
+            self.micro_batch.running = None  # a graph that is left reaches no finished pass
         self.micro_batch = None
         self._decided = False
 
@@ -159,6 +165,39 @@ class Attachment:
                 f"would be added to the private gradient. Use {way_out} and no other backward."
             )
 
+    def require_whole_batch(self) -> None:
+        """Refuse to release a logical batch that was not made by `step.backward` alone.
+
+        Raises:
+            PrivacyError: If a micro-batch failed half-way, parameters changed, a `.grad` is there
+                that the step did not make, or the model was written to.
+        """
+        if self.broken:
+            raise PrivacyError(
+                "step.backward raised an error inside of this logical batch, so a part of that "
+                "micro-batch may be in the sum, and a second try would count its records twice. "
+                "Let the error leave the `with` block, and run the batch again in a new one."
+            )
+        self.require_same_parameters()
+        self.require_no_gradients("inside the logical batch", "step.backward(losses_B)")
+        self._require_nothing_written()
+
+    def _require_nothing_written(self) -> None:
+        written = [
+            name
+            for name, (tensor, version) in _versions(self.model).items()
+            if name not in self._before
+            or self._before[name][0] is not tensor
+            or self._before[name][1] != version
+        ]
+        if written:
+            raise PrivacyError(
+                f"'{written[0]}' was written inside the logical batch: what it took from the "
+                "records, as a statistic or by an optimizer, had no noise yet. Step the optimizer "
+                "after the `with` block; let no layer keep statistics, or register what is no "
+                "statistic with persistent=False."
+            )
+
     def require_owned_gradients_only(self) -> None:
         """Refuse gradients that reached a parameter around its taps.
 
@@ -174,6 +213,17 @@ class Attachment:
                 "(functional use such as F.linear(h, emb.weight)), so no per-sample norm covers "
                 "it. Call the owning module instead, or use backward='single_sample'."
             )
+
+
+def _versions(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """Return each parameter and saved buffer, with the number of times it was written in place."""
+    caches = {
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    held = [*model.named_parameters(), *model.named_buffers()]
+    return {n: (x, 0 if x.is_inference() else x._version) for n, x in held if n not in caches}
 
 
 def _lead_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

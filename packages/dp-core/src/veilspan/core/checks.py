@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from veilspan.core.errors import PrivacyError
+from veilspan.core.errors import PrivacyError, UnsupportedModelError
 from veilspan.core.groups import Clipping
 
 
@@ -40,6 +44,21 @@ def check_numbers(
         raise ValueError(f"first_step is {first_step}; it must be at least 0.")
 
 
+def refuse_gradient_averaging(model: nn.Module) -> None:
+    """Refuse wrappers that average the gradients of different records before they are clipped.
+
+    Raises:
+        UnsupportedModelError: Naming the wrapper and the way out.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, DataParallel | DistributedDataParallel | FullyShardedDataParallel):
+            raise UnsupportedModelError(
+                f"Module '{name}' is {type(module).__name__}, which averages the gradients of "
+                "different records over ranks before they are clipped. Pass the bare model and "
+                "reduction=, such as veilspan.parallel.ReplicaReduction(mesh)."
+            )
+
+
 def check_losses(losses_B: Tensor) -> None:
     """Refuse anything but one differentiable loss per record.
 
@@ -62,3 +81,23 @@ def check_losses(losses_B: Tensor) -> None:
             "losses_B does not require grad: the model ran under torch.no_grad(), or no trainable "
             "parameter takes part in the loss."
         )
+
+
+@contextmanager
+def second_pass_explained() -> Iterator[None]:
+    """Say what to do where torch refuses to differentiate a graph a second time.
+
+    Raises:
+        PrivacyError: In place of torch's error about selective activation checkpointing.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "selective activation checkpoint" not in str(error):
+            raise
+        raise PrivacyError(
+            "Selective activation checkpointing lets a graph be differentiated once, but "
+            "backward='two_pass' does it twice, and the first micro-batch of two or more records "
+            "is probed. Use another strategy, and call step.probe(losses_B) once on a forward pass "
+            "of its own, or use checkpointing that is not selective."
+        ) from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ class SampleGradient(Protocol):
 
 class Contribution(Protocol):
     """Per-sample gradient of one parameter, not yet formed."""
+
+    factored: ClassVar[bool]
+    """Whether one product forms the gradients of all samples, and none of them is mostly zeros."""
 
     def per_sample(self, out: Tensor | None = None) -> Tensor:
         """Return the gradient of each sample, `[B, *parameter]`; written to `out` if given."""
@@ -92,6 +95,7 @@ class OuterProducts:
     act_BTI: Tensor
     grad_BTO: Tensor
     kernel: NormKernel
+    factored: ClassVar[bool] = True
 
     def per_sample(self, out: Tensor | None = None) -> Tensor:
         """Return GᵀA per sample, `[B, O, I]`."""
@@ -127,6 +131,7 @@ class RowSums:
     """Gradient `Σ_t r_t` of a vector `[n]`: biases and gains of norms."""
 
     rows_BTn: Tensor
+    factored: ClassVar[bool] = True
 
     def per_sample(self, out: Tensor | None = None) -> Tensor:
         """Return the sum over tokens, `[B, n]`."""
@@ -154,6 +159,7 @@ class Lookups:
     ids_BT: Tensor
     grad_BTD: Tensor
     rows: int
+    factored: ClassVar[bool] = False
 
     def per_sample(self, out: Tensor | None = None) -> Tensor:
         """Return one table per sample, `[B, V, D]`."""
@@ -203,6 +209,7 @@ class Recomputed:
 
     size: int
     form: Callable[[int], Tensor]
+    factored: ClassVar[bool] = False
 
     def per_sample(self, out: Tensor | None = None) -> Tensor:
         """Return the gradient of each sample, `[B, *parameter]`."""
@@ -236,6 +243,7 @@ class Formed:
     """
 
     gradients: tuple[Tensor, ...]
+    factored: ClassVar[bool] = False
 
     def per_sample(self, out: Tensor | None = None) -> Tensor:
         """Return the gradients, `[B, *parameter]`."""

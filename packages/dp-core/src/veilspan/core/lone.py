@@ -181,6 +181,11 @@ class LoneUse:
     grads: list[dict[str, Tensor]]
     reached_B: Tensor
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the gradients."""
+        return next(iter(self.grads[0].values())).dtype
+
     def parts(self) -> Iterator[tuple[str, Contribution]]:
         """Yield what this use adds to each trainable parameter, by name in the model."""
         for name in self.site.owned.values():
@@ -233,7 +238,9 @@ class _LoneTap(torch.autograd.Function):
         grads: list[dict[str, Tensor]] = []
         for b, graph in enumerate(graphs):
             mine = [piece[b] for piece in pieces]
-            inputs, own = site.gradients(graph, mine, keep_graph=batch.keeps_graph)
+            # What was computed before the module, such as a normalised weight, serves every record.
+            keep_graph = batch.keeps_graph or b + 1 < len(graphs)
+            inputs, own = site.gradients(graph, mine, keep_graph=keep_graph)
             found.append(
                 [
                     torch.zeros_like(leaf) if grad is None else grad

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from veilspan.core.attachment import Attachment
-from veilspan.core.backward import STRATEGIES, Workspace
+from veilspan.core.backward import Workspace, run_micro_batch
 from veilspan.core.backward.reach import reaches_its_record_alone
-from veilspan.core.checks import check_losses, check_numbers
+from veilspan.core.checks import check_losses, check_numbers, refuse_gradient_averaging
 from veilspan.core.errors import PrivacyError
 from veilspan.core.groups import Clipping
 from veilspan.core.noise import GaussianNoise, new_key
@@ -101,6 +101,7 @@ class PrivateStep:
     ) -> None:
         check_numbers(clipping, noise_multiplier, expected_batch_size, first_step)
         refuse_cross_sample_layers(model)
+        refuse_gradient_averaging(model)
         self.clipping = clipping
         self.noise_multiplier = float(noise_multiplier)
         self.expected_batch_size = float(expected_batch_size)
@@ -138,7 +139,6 @@ class PrivateStep:
         )
         self._entered = False
         self._attached = True
-        self._separable = False
 
     def __enter__(self) -> Self:
         """Begin a logical batch."""
@@ -163,10 +163,7 @@ class PrivateStep:
         self._attachment.activate(False)
         try:
             if kind is None:
-                self._attachment.require_same_parameters()
-                self._attachment.require_no_gradients(
-                    "inside the logical batch", "step.backward(losses_B)"
-                )
+                self._attachment.require_whole_batch()
                 self._release()
         except BaseException:
             self._discard()
@@ -202,8 +199,27 @@ class PrivateStep:
                 "records. Return one loss per record (mean or sum over that record's own tokens)."
             )
         try:
-            self._probe_separability(losses_B)
-            STRATEGIES[batch.strategy if batch else "single_sample"].run(self._work, losses_B)
+            run_micro_batch(self._work, losses_B)
+        except BaseException:
+            self._attachment.broken = True  # part of it may be in the sum already
+            raise
+        finally:
+            self._attachment.end_micro_batch()
+
+    def probe(self, losses_B: Tensor) -> None:
+        """Test on a forward pass of its own that loss 0 reaches no other record; add nothing.
+
+        Else `backward` does so, on a graph that selective checkpointing lets be used once.
+
+        Args:
+            losses_B: One loss per record, `[B]`, computed inside `with step:`.
+
+        Raises:
+            PrivacyError: If loss 0 depends on another record.
+        """
+        check_losses(losses_B)
+        try:
+            self._work.separable = reaches_its_record_alone(self._attachment, losses_B)
         finally:
             self._attachment.end_micro_batch()
 
@@ -281,11 +297,6 @@ class PrivateStep:
             device = next(iter(self._attachment.owned.values())).device
             work.within_M = torch.zeros(len(groups), dtype=torch.float64, device=device)
         self._attachment.activate(True)
-
-    def _probe_separability(self, losses_B: Tensor) -> None:
-        """Once, on the first micro-batch of two or more: loss 0 must not reach another record."""
-        if not self._separable:
-            self._separable = reaches_its_record_alone(self._attachment, losses_B)
 
     def _release(self) -> None:
         """Announce, add noise, divide; then let adaptive thresholds move for the next batch."""

@@ -156,7 +156,7 @@ class ClippedSum:
         kept_B = factor_B != 0.0
         if not bool(kept_B.all()):
             grad_Bx, factor_B = grad_Bx[kept_B], factor_B[kept_B]
-        total.view(-1).addmv_(grad_Bx.flatten(1).mT, factor_B.to(total.dtype))
+        total.view(-1).addmv_(grad_Bx.reshape(len(grad_Bx), total.numel()).mT, factor_B.to(total.dtype))
 
     def discard(self) -> None:
         """Forget every contribution."""

@@ -34,6 +34,11 @@ class Use(Protocol):
         """The module."""
         ...
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype in which the gradients of all samples at once would be formed."""
+        ...
+
     def parts(self) -> Iterator[tuple[str, Contribution]]:
         """Yield what this use adds to each trainable parameter, by name in the model."""
         ...
@@ -248,6 +253,11 @@ class FactorUse:
     site: FactorSite
     inputs: Tensor
     grad_output: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype in which the gradients of all samples at once would be formed."""
+        return self.grad_output.dtype
 
     def parts(self) -> Iterator[tuple[str, Contribution]]:
         """Yield what this use adds to each trainable parameter, by name in the model."""

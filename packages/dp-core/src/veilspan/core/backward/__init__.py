@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from veilspan.core.backward.base import Backward, Workspace
 from veilspan.core.backward.bookkeeping import BookKeeping, PerLayerClipping
 from veilspan.core.backward.per_sample import PerSample
+from veilspan.core.backward.reach import reaches_its_record_alone
 from veilspan.core.backward.single_sample import SingleSample
 from veilspan.core.backward.two_pass import TwoPass
+from veilspan.core.checks import second_pass_explained
 
-__all__ = ["STRATEGIES", "Backward", "Workspace"]
+__all__ = ["STRATEGIES", "Backward", "Workspace", "run_micro_batch"]
 
 STRATEGIES: dict[str, Backward] = {
     strategy.name: strategy
     for strategy in (SingleSample(), PerSample(), BookKeeping(), TwoPass(), PerLayerClipping())
 }
+
+
+def run_micro_batch(work: Workspace, losses_B: Tensor) -> None:
+    """Probe the first micro-batch of several records, then run the strategy of this one."""
+    batch = work.attachment.micro_batch
+    with second_pass_explained():
+        if not work.separable:
+            work.separable = reaches_its_record_alone(work.attachment, losses_B)
+        STRATEGIES[batch.strategy if batch else "single_sample"].run(work, losses_B)

@@ -38,6 +38,7 @@ class Workspace:
         norm_method: Norm method of a linear map.
         buffers: Memory for per-sample gradients.
         within_M: Σ_b (1[norm ≤ C_m] - 1/2) of each group, fp64, where thresholds are adaptive.
+        separable: Whether a probe has seen that a loss reaches its own record alone.
     """
 
     attachment: Attachment
@@ -47,6 +48,7 @@ class Workspace:
     norm_method: NormChoice
     buffers: SampleBuffers = field(default_factory=SampleBuffers)
     within_M: Tensor | None = None
+    separable: bool = False
 
     @property
     def owned(self) -> Mapping[str, nn.Parameter]:

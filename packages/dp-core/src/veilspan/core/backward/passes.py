@@ -169,7 +169,7 @@ class BookPass:
             complete = self._awaited[group] == 0
             alone = group not in self._open and all(self._batch.uses[n] == 1 for n, _ in entries)
             if self._formed and complete and alone:
-                self._clip_formed(group, entries, grad_output.dtype)
+                self._clip_formed(group, entries, use.dtype)
             else:
                 self._enter(group, entries)
                 if complete:
@@ -209,7 +209,8 @@ class BookPass:
         self, group: int, entries: list[tuple[str, Contribution]], dtype: torch.dtype
     ) -> None:
         elements = self._batch.size * sum(self._work.owned[name].numel() for name, _ in entries)
-        if elements <= _TOGETHER and dtype == compute_dtype(dtype):
+        factored = all(part.factored for _, part in entries)
+        if factored and elements <= _TOGETHER and dtype == compute_dtype(dtype):
             self._clip_together(group, entries)
         else:
             self._clip_each(group, entries)

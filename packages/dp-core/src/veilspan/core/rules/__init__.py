@@ -79,9 +79,11 @@ def find_rule(name: str, module: nn.Module, kernel: NormKernel) -> Rule | Record
     if puts_records_second(module):
         return None
     whole = whole_rule(module)
-    if whole is not None or not any(p.requires_grad for p in module.parameters(recurse=False)):
+    own = {n for n, p in module.named_parameters(recurse=False) if p.requires_grad}
+    if whole is not None or not own:
         return whole
-    if "forward" in vars(module):  # patched: what its class computes says nothing
+    # Patched, or with a weight that is computed from others: what its class computes says nothing.
+    if "forward" in vars(module) or not own <= {"weight", "bias"}:
         return RecordsAlone()
     return affine_rule(name, module, kernel) or convolution_rule(module) or RecordsAlone()
 

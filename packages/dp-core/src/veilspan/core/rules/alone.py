@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,8 @@ class RecordsAlone:
 
 def whole_rule(module: nn.Module) -> RecordsAlone | None:
     """Return how to run `module` and all that it contains, where its parts cannot be tapped."""
+    if is_parametrized(module):  # its weight is a function of parameters further inside
+        return RecordsAlone()
     if isinstance(module, nn.MultiheadAttention):  # uses its output projection by function
         return RecordsAlone(shared=("attn_mask",), ndim=3)
     if getattr(module, "lora_variant", None) or len(getattr(module, "lora_embedding_A", ())):
