@@ -133,8 +133,8 @@ def _chosen(recipe: Recipe, plan: PrivacyPlan, cost: ModelCost) -> Microbatch:
     device, norms = _device(recipe), recipe.compute.norms
     rates = DeviceRates.of(device)
 
-    def norm_method(*shape: int) -> str:
-        return cheaper_norm(shape, rates) if norms == "auto" else norms
+    def norm_method(length: int, inputs: int, outputs: int) -> str:
+        return cheaper_norm((length, inputs, outputs), rates) if norms == "auto" else norms
 
     def fastest(length: int, most: int) -> int:
         return best_microbatch(length, most, _shape(recipe, cost), rates, norm_method)
