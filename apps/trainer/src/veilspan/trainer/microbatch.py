@@ -69,12 +69,29 @@ def chosen_microbatch(
         device: Where it will run; its free memory is looked up.
     """
     per_unit = sum(memory[purpose] for purpose in PER_UNIT)
-    state = sum(memory.values()) - per_unit
     free = free_bytes(device) // (1 if device.type == "cuda" else recipe.processes)
-    fitting = max(1, int(_SHARE * (free - state) / per_unit))
     assert plan.expected_batch_size is not None  # budget.privacy_plan always sets it
-    expected = max(1, math.ceil(plan.expected_batch_size / recipe.parallel.replicate))
-    most = min(fitting, expected)
-    limit = f"{fitting} fit into memory" if fitting < expected else f"a step expects {expected}"
-    size = fastest(recipe.data.sequence_length, most)
+    return fastest_that_fits(
+        lambda most: fastest(recipe.data.sequence_length, most),
+        bytes_free=free - (sum(memory.values()) - per_unit),
+        bytes_per_unit=per_unit,
+        expected=plan.expected_batch_size / recipe.parallel.replicate,
+    )
+
+
+def fastest_that_fits(
+    fastest: Callable[[int], int], *, bytes_free: float, bytes_per_unit: int, expected: float
+) -> Microbatch:
+    """Return the size that `fastest` names under the limits of memory and of the expected batch.
+
+    Args:
+        fastest: From the largest size allowed to the fastest size.
+        bytes_free: Memory beyond weights, gradients and optimizer.
+        bytes_per_unit: Activations of one unit.
+        expected: Expected units of a step on this process.
+    """
+    fitting = max(1, int(_SHARE * bytes_free / bytes_per_unit))
+    wanted = max(1, math.ceil(expected))
+    limit = f"{fitting} fit into memory" if fitting < wanted else f"a step expects {wanted}"
+    size = fastest(min(fitting, wanted))
     return Microbatch(size=size, reason=f"chosen by the cost model; {limit}")
