@@ -360,6 +360,12 @@ def test_records_with_tokens_need_their_length_for_a_choice(
     assert least <= private.microbatch.size <= most
 
 
+def test_images_need_their_size_for_a_choice(setting: Setting) -> None:
+    setting.model = nn.Sequential(nn.Conv1d(1, 4, 2), nn.Flatten(), nn.Linear(12, 1))
+    setting.optimizer = torch.optim.SGD(setting.model.parameters(), lr=0.1)
+    assert setting.make().microbatch.reason == "sequence_length was not given"
+
+
 def test_the_package_imports_without_torch() -> None:
     program = "import sys, veilspan.trainer; print('torch' in sys.modules)"
     done = subprocess.run(

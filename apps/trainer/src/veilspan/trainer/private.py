@@ -28,6 +28,7 @@ from veilspan.trainer.recipe_errors import explain
 from veilspan.trainer.releases import ReleaseGate, Unobserved
 from veilspan.trainer.sections import Compute, Privacy, Section
 
+_POSITIONS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # see records of many positions
 _Section = TypeVar("_Section", bound=Section)
 
 
@@ -71,8 +72,8 @@ def make_private(  # noqa: PLR0913 - each is one number of the plan or one part 
         clipping: Who shares a threshold, and the rule; by default `Flat(clip_norm=1.0)`.
         unit: What one record is, in the singular, for statements.
         microbatch_size: Records per forward and backward; "auto" asks the cost model.
-        sequence_length: Tokens of the longest record, for "auto"; a model with an embedding takes
-            one record at a time without it.
+        sequence_length: Tokens or pixels of the largest record, for "auto"; a model with an
+            embedding or a convolution takes one record at a time without it.
         collate: Makes a micro-batch of a list of records.
         noise: Noise source; by default AES with a fresh key from the operating system.
         key: 32 secret bytes of the sampler; fresh by default.
@@ -227,7 +228,7 @@ def _microbatch(step: PrivateStep, size: int | str, length: int | None) -> Micro
     """Return what was asked for, or the cost model's choice under a rough forecast of memory."""
     if isinstance(size, int):
         return Microbatch(size=size, reason="set by the caller")
-    if length is None and any(isinstance(m, nn.Embedding) for m in step.model.modules()):
+    if length is None and any(isinstance(m, _POSITIONS) for m in step.model.modules()):
         return Microbatch(size=1, reason="sequence_length was not given")
     tokens = 1 if length is None else check_count("sequence_length", length, least=1)
     parameters = list(step.model.parameters())
