@@ -75,6 +75,7 @@ def test_plan_prints_the_certified_numbers_and_trains_nothing(recipe: Path, tmp_
     )
     assert told["privacy"]["expected_batch_size"] == pytest.approx(5.0)
     assert told["model"]["parameters"] > 0
+    assert 1 <= told["microbatch"]["size"] <= 5
     memory = told["memory_bytes_per_process"]
     assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
     assert 0 < told["seconds"] < math.inf
@@ -84,7 +85,7 @@ def test_plan_prints_the_certified_numbers_and_trains_nothing(recipe: Path, tmp_
 def test_plan_prints_tables_that_name_every_number(recipe: Path):
     result = invoke("plan", recipe, "--set", "privacy.steps=7", "--set", "data.max_records=40")
     assert result.exit_code == 0, result.output
-    for text in ("N = 40", "noise multiplier σ", "at most 8.000", "expected batch", "Nothing was"):
+    for text in ("N = 40", "noise multiplier σ", "at most 8.000", "expected batch", "micro-batch"):
         assert text in result.stdout
 
 

@@ -246,8 +246,10 @@ def test_throughput_does_not_tell_how_many_units_were_drawn(
     now = [0.0]
     monkeypatch.setattr(clock, "_now", lambda: now[0])
     for _ in range(drawn):
-        with clock.microbatch(100):
+        with clock.microbatch(100, full=True):
             now[0] += 2.0
+    with clock.microbatch(10, full=False):
+        now[0] += 1.9
     clock.begin_release()
     now[0] += 4.0
     clock.end_release()

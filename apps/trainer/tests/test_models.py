@@ -15,7 +15,7 @@ from veilspan.core.losses import causal_lm_losses
 from veilspan.trainer.data import collate, open_records
 from veilspan.trainer.errors import ModelError
 from veilspan.trainer.forecast import flops_per_sequence, memory_forecast
-from veilspan.trainer.model_cost import count_cost
+from veilspan.trainer.model_cost import ModelCost, count_cost
 from veilspan.trainer.models import build_model, count_parameters
 from veilspan.trainer.recipe import Recipe, make_recipe
 from veilspan.trainer.tokenizer import byte_tokenizer
@@ -46,6 +46,10 @@ def recipe(model: dict[str, Any] | None = None, **sections: dict[str, Any]) -> R
     for section, keys in sections.items():
         tree[section] = {**tree.get(section, {}), **keys}
     return make_recipe(copy.deepcopy(tree))
+
+
+def forecast(settings: Recipe, cost: ModelCost) -> dict[str, int]:
+    return memory_forecast(settings, cost, microbatch_size=1)
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +238,7 @@ def test_counted_operations_match_the_textbook():
 def test_more_processes_per_sequence_need_less_memory_each():
     def total(**parallel: Any) -> int:
         settings = recipe(data={"sequence_length": 512}, parallel=parallel)
-        return sum(memory_forecast(settings, count_cost(settings, TOKENIZER)).values())
+        return sum(forecast(settings, count_cost(settings, TOKENIZER)).values())
 
     assert total(context=4) < total(context=2) < total()
 
@@ -242,7 +246,7 @@ def test_more_processes_per_sequence_need_less_memory_each():
 def test_checkpointing_saves_memory_and_costs_a_forward_pass():
     plain, full = recipe(), recipe(compute={"checkpointing": "full"})
     cost = count_cost(plain, TOKENIZER)
-    assert memory_forecast(full, cost)["activations"] < memory_forecast(plain, cost)["activations"]
+    assert forecast(full, cost)["activations"] < forecast(plain, cost)["activations"]
     extra = flops_per_sequence(full, cost) - flops_per_sequence(plain, cost)
     assert extra == cost.forward_flops
 
@@ -252,5 +256,5 @@ def test_adapters_need_less_state_and_less_arithmetic():
     one, other = count_cost(plain, TOKENIZER), count_cost(adapted, TOKENIZER)
     assert other.trainable < one.trainable
     for purpose in ("gradients", "clipped sums", "optimizer"):
-        assert memory_forecast(adapted, other)[purpose] < memory_forecast(plain, one)[purpose]
+        assert forecast(adapted, other)[purpose] < forecast(plain, one)[purpose]
     assert flops_per_sequence(adapted, other) < flops_per_sequence(plain, one)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -71,7 +72,15 @@ def test_small_groups_keep_fewer_books():
 def test_short_records_share_a_micro_batch_and_long_ones_do_not_need_to():
     sizes = [best_microbatch(t, 64, shape(), RATES, method) for t in (8, 4096)]
     assert sizes[0] > 8
+    assert sizes[1] <= 2
     assert best_microbatch(8, 1, shape(), RATES, method) == 1
+
+
+def test_frozen_weights_take_time_that_no_micro_batch_saves():
+    adapters = dataclasses.replace(shape(), linears=((512, 8), (8, 512)), parameters=8192)
+    frozen = dataclasses.replace(adapters, frozen=10**8)
+    alone, beside = (best_microbatch(512, 64, s, RATES, method) for s in (adapters, frozen))
+    assert beside < alone
 
 
 def test_rates_are_measured_once_and_read_from_then_on(tmp_path):

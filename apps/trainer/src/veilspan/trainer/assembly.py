@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ from veilspan.core.support import Report, preflight
 from veilspan.trainer.budget import privacy_plan
 from veilspan.trainer.data import Batch, Records, open_heldout, open_records
 from veilspan.trainer.errors import ModelError
+from veilspan.trainer.forecast import memory_forecast
+from veilspan.trainer.microbatch import Microbatch, chosen_microbatch, settled_microbatch
+from veilspan.trainer.model_cost import count_cost
 from veilspan.trainer.models import build_model, count_parameters
 from veilspan.trainer.processes import Processes
 from veilspan.trainer.recipe import Recipe
@@ -34,10 +37,14 @@ from veilspan.trainer.releases import ReleaseGate
 from veilspan.trainer.run_folder import RunInfo, recipe_digest, software_versions
 from veilspan.trainer.secrets import key_fingerprint
 from veilspan.trainer.sequences import SequenceLosses
+from veilspan.trainer.throughput import Throughput
 from veilspan.trainer.tokenizer import load_tokenizer
 
 GROUPS = {"flat": Flat, "block": PerBlock, "layer": PerLayer, "parameter": PerParameter}
 """Kinds of clipping groups by the name that recipes use."""
+
+
+_ONE = Microbatch(size=1, reason="until with_microbatch decides")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,7 @@ class Parts:
         model: The model, on its device, split over the processes of one sequence.
         vocabulary: Number of tokens the model knows.
         losses: How a batch becomes losses.
+        microbatch: How many units go through the model at once.
     """
 
     recipe: Recipe
@@ -61,6 +69,7 @@ class Parts:
     model: nn.Module
     vocabulary: int
     losses: SequenceLosses
+    microbatch: Microbatch = _ONE
 
 
 def assemble(recipe: Recipe, processes: Processes) -> Parts:
@@ -87,6 +96,24 @@ def assemble(recipe: Recipe, processes: Processes) -> Parts:
         model=model,
         vocabulary=int(model.get_input_embeddings().num_embeddings),  # pyright: ignore
         losses=losses,
+    )
+
+
+def with_microbatch(parts: Parts, processes: Processes) -> Parts:
+    """Decide the size of micro-batches; every process gets the smallest that any would take.
+
+    The recipe of the result holds the size in place of "auto".
+
+    Raises:
+        PrivacyError: If the model cannot be trained with the stated guarantee.
+    """
+    with processes.together():
+        microbatch = settled_microbatch(parts.recipe) or _chosen(parts, processes)
+    size = int(-processes.largest(-microbatch.size))
+    return replace(
+        parts,
+        recipe=parts.recipe.with_microbatch(size),
+        microbatch=replace(microbatch, size=size),
     )
 
 
@@ -117,23 +144,16 @@ def private_step(
         is stored nowhere: noise is never repeated, not even for a step that is repeated after a
         crash, and every process of a copy and every copy of the model draws the same noise.
     """
-    privacy, plan, compute = parts.recipe.privacy, parts.plan, parts.recipe.compute
-    rule = Clip() if privacy.clipping == "clip" else Automatic(gamma=privacy.gamma)
+    privacy = parts.recipe.privacy
     noise_key = processes.broadcast(new_key() if processes.is_first else None)
     shards = reduction = None
     if processes.mesh is not None:
         from veilspan.parallel import ContextShards, ReplicaReduction
 
         shards, reduction = ContextShards(processes.mesh), ReplicaReduction(processes.mesh)
-    assert plan.expected_batch_size is not None  # budget.privacy_plan always sets it
     return PrivateStep(
         parts.model,
-        clipping=GROUPS[privacy.groups](clip_norm=plan.clip_norm, rule=rule),
-        noise_multiplier=plan.noise_multiplier,
-        expected_batch_size=plan.expected_batch_size,
-        backward=compute.backward,
-        norms=compute.norms,
-        accumulate=privacy.sums,
+        **_mechanism(parts),
         noise=GaussianNoise(noise_key) if privacy.noise == "aes" else PhiloxNoise(noise_key),
         shards=shards,
         reduction=reduction,
@@ -142,7 +162,7 @@ def private_step(
     )
 
 
-def check(parts: Parts, step: PrivateStep) -> Report:
+def check(parts: Parts, step: PrivateStep, clock: Throughput) -> Report:
     """Run the preflight, and one micro-batch of the real shape, on synthetic records.
 
     Both are discarded before anything is released. They let the cost model choose, and memory run
@@ -157,11 +177,37 @@ def check(parts: Parts, step: PrivateStep) -> Report:
 
     with parts.losses.sharing():
         report = preflight(step, losses_of, _synthetic(parts, 2))
-        batch = _synthetic(parts, parts.recipe.compute.microbatch_size)
+        batch = _synthetic(parts, parts.microbatch.size)
         with contextlib.suppress(_DiscardedError), step:
-            step.backward(losses_of(parts.model, batch))
+            with clock.microbatch(batch["input_ids"].numel(), full=True):
+                step.backward(losses_of(parts.model, batch))
             raise _DiscardedError
     return report
+
+
+def _mechanism(parts: Parts) -> dict[str, Any]:
+    """Return what the recipe says of the mechanism, as arguments of `PrivateStep`."""
+    privacy, plan, compute = parts.recipe.privacy, parts.plan, parts.recipe.compute
+    rule = Clip() if privacy.clipping == "clip" else Automatic(gamma=privacy.gamma)
+    return {
+        "clipping": GROUPS[privacy.groups](clip_norm=plan.clip_norm, rule=rule),
+        "noise_multiplier": plan.noise_multiplier,
+        "expected_batch_size": plan.expected_batch_size,
+        "backward": compute.backward,
+        "norms": compute.norms,
+        "accumulate": privacy.sums,
+    }
+
+
+def _chosen(parts: Parts, processes: Processes) -> Microbatch:
+    """Ask the cost model, through a step that is taken off again before anything is trained."""
+    recipe, step = parts.recipe, PrivateStep(parts.model, **_mechanism(parts))
+    try:
+        cost = count_cost(recipe, load_tokenizer(recipe))
+        memory = memory_forecast(recipe, cost, microbatch_size=1)
+        return chosen_microbatch(recipe, parts.plan, memory, step.best_microbatch, processes.device)
+    finally:
+        step.detach()
 
 
 class _DiscardedError(Exception):

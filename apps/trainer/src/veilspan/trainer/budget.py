@@ -24,7 +24,17 @@ def privacy_plan(recipe: Recipe, num_records: int) -> PrivacyPlan:
         Sampling probability and expected batch size are functions of the recipe and N alone,
         never of a batch that was drawn.
     """
-    privacy = recipe.privacy
+    return plan_of(recipe.privacy, num_records, unit=recipe.data.unit)
+
+
+def plan_of(privacy: Privacy, num_records: int, *, unit: str) -> PrivacyPlan:
+    """Return the plan of a privacy section alone; errors and guarantee as in `privacy_plan`.
+
+    Args:
+        privacy: The section.
+        num_records: Number N of protected units, treated as public.
+        unit: What one of them is, in the singular.
+    """
     probability = _sampling_probability(privacy, num_records)
     settings = {
         "delta": _delta(privacy, num_records),
@@ -32,7 +42,7 @@ def privacy_plan(recipe: Recipe, num_records: int) -> PrivacyPlan:
         "steps": privacy.steps,
         "clip_norm": privacy.clip_norm,
         "expected_batch_size": probability * num_records,
-        "unit": recipe.data.unit,
+        "unit": unit,
         "noise_stream": _STREAMS[privacy.noise],
     }
     if privacy.noise_multiplier is not None:

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 
 from veilspan.accounting import EpsilonBounds, PrivacyPlan
+from veilspan.core.cost import ModelShape, best_microbatch, cheaper_norm
+from veilspan.core.rates import DeviceRates
 from veilspan.trainer.budget import privacy_plan
 from veilspan.trainer.data import open_records
+from veilspan.trainer.microbatch import Microbatch, chosen_microbatch, settled_microbatch
 from veilspan.trainer.model_cost import ModelCost, count_cost
 from veilspan.trainer.recipe import Recipe
 from veilspan.trainer.tokenizer import load_tokenizer
@@ -31,6 +34,8 @@ class Forecast:
         epsilon: ε at the end of the run.
         num_records: Units N.
         model: Cost of the model.
+        microbatch: Units per forward and backward; where the recipe leaves it open, what a run
+            that started here and now would choose.
         memory: Bytes of each process by purpose, tensors only.
         processes: Number of processes.
         flops_per_second: Measured speed of matrix products of one process.
@@ -41,6 +46,7 @@ class Forecast:
     epsilon: EpsilonBounds
     num_records: int
     model: ModelCost
+    microbatch: Microbatch
     memory: dict[str, int]
     processes: int
     flops_per_second: float
@@ -51,7 +57,8 @@ class Forecast:
         return {
             "privacy": {**self.plan.to_dict(), **self.epsilon.to_dict()},
             "num_records": self.num_records,
-            "model": asdict(self.model),
+            "model": {name: n for name, n in asdict(self.model).items() if name != "linears"},
+            "microbatch": asdict(self.microbatch),
             "memory_bytes_per_process": {**self.memory, "total": sum(self.memory.values())},
             "processes": self.processes,
             "flops_per_second_per_process": self.flops_per_second,
@@ -70,12 +77,14 @@ def make_forecast(recipe: Recipe) -> Forecast:
     plan = privacy_plan(recipe, len(records))
     cost = count_cost(recipe, tokenizer)
     speed = _measured_speed(recipe, cost)
+    microbatch = settled_microbatch(recipe) or _chosen(recipe, plan, cost)
     return Forecast(
         plan=plan,
         epsilon=plan.epsilon(),
         num_records=len(records),
         model=cost,
-        memory=memory_forecast(recipe, cost),
+        microbatch=microbatch,
+        memory=memory_forecast(recipe, cost, microbatch_size=microbatch.size),
         processes=recipe.processes,
         flops_per_second=speed,
         seconds=flops_per_sequence(recipe, cost)
@@ -86,7 +95,7 @@ def make_forecast(recipe: Recipe) -> Forecast:
     )
 
 
-def memory_forecast(recipe: Recipe, cost: ModelCost) -> dict[str, int]:
+def memory_forecast(recipe: Recipe, cost: ModelCost, *, microbatch_size: int) -> dict[str, int]:
     """Return the bytes that one process needs, by purpose; tensors only.
 
     Parameters and everything of their shape are split over the processes of one sequence, and so
@@ -94,7 +103,7 @@ def memory_forecast(recipe: Recipe, cost: ModelCost) -> dict[str, int]:
     """
     ranks = recipe.parallel.context
     state = 4 * cost.trainable // ranks  # float32, whatever the model's dtype
-    sequences = recipe.compute.microbatch_size
+    sequences = microbatch_size
     memory = {
         "parameters": cost.parameter_bytes // ranks,
         "gradients": state * (sequences if recipe.compute.backward == "per_sample" else 1),
@@ -119,6 +128,34 @@ def flops_per_sequence(recipe: Recipe, cost: ModelCost) -> int:
     return passes * cost.forward_flops
 
 
+def _chosen(recipe: Recipe, plan: PrivacyPlan, cost: ModelCost) -> Microbatch:
+    """Ask the cost model about a model that is not there; the run asks it about the real one."""
+    device, norms = _device(recipe), recipe.compute.norms
+    rates = DeviceRates.of(device)
+
+    def norm_method(length: int, inputs: int, outputs: int) -> str:
+        return cheaper_norm((length, inputs, outputs), rates) if norms == "auto" else norms
+
+    def fastest(length: int, most: int) -> int:
+        return best_microbatch(length, most, _shape(recipe, cost), rates, norm_method)
+
+    memory = memory_forecast(recipe, cost, microbatch_size=1)
+    return chosen_microbatch(recipe, plan, memory, fastest, device)
+
+
+def _shape(recipe: Recipe, cost: ModelCost) -> ModelShape:
+    features = [inputs + outputs for inputs, outputs in cost.linears]
+    groups = {"flat": 1, "block": max(1, cost.blocks)}.get(recipe.privacy.groups, len(features))
+    return ModelShape(
+        linears=cost.linears,
+        parameters=cost.trainable,
+        largest=max(inputs * outputs for inputs, outputs in cost.linears),
+        features=max(*features, sum(features) // groups),
+        layered=recipe.privacy.groups in ("layer", "parameter"),
+        frozen=cost.parameters - cost.trainable,
+    )
+
+
 def _activations(recipe: Recipe, cost: ModelCost) -> int:
     if recipe.compute.checkpointing == "none":
         return cost.saved_bytes
@@ -128,8 +165,8 @@ def _activations(recipe: Recipe, cost: ModelCost) -> int:
 
 def _measured_speed(recipe: Recipe, cost: ModelCost) -> float:
     """Return operations per second of one process, when all of this machine's work at once."""
-    on_gpu = recipe.compute.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
+    device = _device(recipe)
+    on_gpu = device.type == "cuda"
     rows, width = (4096, 4096) if on_gpu else (256, 1024)  # large ones take minutes on a CPU
     rows = max(16, min(rows, cost.sequence_length // recipe.parallel.context))
     width = min(width, cost.hidden_size)
@@ -143,6 +180,11 @@ def _measured_speed(recipe: Recipe, cost: ModelCost) -> float:
     threads = recipe.compute.threads or max(1, (cores or 1) // recipe.processes)
     busy = max(1.0, threads * recipe.processes / (cores or 1))
     return speed / torch.get_num_threads() * threads / busy
+
+
+def _device(recipe: Recipe) -> torch.device:
+    on_gpu = recipe.compute.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def _matmul_speed(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -52,7 +52,8 @@ def _model(forecast: Forecast) -> dict[str, str]:
 
 
 def _memory(forecast: Forecast) -> dict[str, str]:
-    rows = {name: _size(count) for name, count in forecast.memory.items()}
+    rows = {"micro-batch": str(forecast.microbatch)}
+    rows |= {name: _size(count) for name, count in forecast.memory.items()}
     return rows | {"total (tensors only)": _size(sum(forecast.memory.values()))}
 
 

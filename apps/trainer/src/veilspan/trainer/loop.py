@@ -16,7 +16,14 @@ from rich.console import Console
 
 from veilspan.accounting import BudgetExceeded, Ledger, LedgerError
 from veilspan.core import Draw, PrivateStep, poisson_batches
-from veilspan.trainer.assembly import Parts, assemble, check, describe, private_step
+from veilspan.trainer.assembly import (
+    Parts,
+    assemble,
+    check,
+    describe,
+    private_step,
+    with_microbatch,
+)
 from veilspan.trainer.checkpoint import CheckpointError, Checkpoints, Progress, named_tensors
 from veilspan.trainer.data import collate
 from veilspan.trainer.export import export_model
@@ -92,11 +99,12 @@ def train(recipe: Recipe, *, observer: Observer | None = None) -> Path:
     )
     with processes.together():
         parts = assemble(recipe, processes)
+    parts = with_microbatch(parts, processes)
     with _opened(parts, processes) as (folder, key, ledger):
         run, first_step = _resume(parts, processes, folder, ledger, observer or Unobserved())
         console = Console(quiet=not processes.is_first)
         show_start(console, parts, processes, folder, first_step=first_step)
-        show_choices(console, check(parts, run.step), run.step)
+        show_choices(console, check(parts, run.step, run.throughput), run.step)
         with Monitor(console, parts, processes, folder, ledger, first_step=first_step) as monitor:
             _steps(run, key, first_step, monitor)
         _finish(run, monitor)
@@ -207,11 +215,12 @@ def _step(run: Run, draw: Draw) -> None:
     parts, clock = run.parts, run.throughput
     settings = parts.recipe.optimizer
     set_learning_rate(run.optimizer, learning_rate(settings, draw.step, parts.plan.steps))
-    share = draw.share(*run.processes.replicas)
+    share, size = draw.share(*run.processes.replicas), parts.microbatch.size
     with run.step:
-        for units in share.microbatches(parts.recipe.compute.microbatch_size):
+        for units in share.microbatches(size):
             batch = collate(parts.records, units)
-            with clock.microbatch(batch.input_ids.numel()), parts.losses.sharing():
+            timed = clock.microbatch(batch.input_ids.numel(), full=len(units) == size)
+            with timed, parts.losses.sharing():
                 run.step.backward(parts.losses.losses_B(parts.model, batch))
         clock.begin_release()
     run.optimizer.step()

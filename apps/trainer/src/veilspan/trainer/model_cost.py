@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ class ModelCost:
         saved_bytes: Memory that its forward pass keeps for the backward pass, without logits.
         logits_bytes: Memory of its logits.
         element_bytes: Bytes of one number in forward and backward.
+        linears: Sizes of the weight of each trained linear map.
     """
 
     parameters: int
@@ -48,6 +49,7 @@ class ModelCost:
     saved_bytes: int
     logits_bytes: int
     element_bytes: int
+    linears: tuple[tuple[int, int], ...]
 
 
 def count_cost(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ModelCost:
@@ -75,6 +77,7 @@ def count_cost(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ModelCost:
         saved_bytes=saved,
         logits_bytes=_bytes([logits]),
         element_bytes=logits.element_size(),
+        linears=tuple(_trained_linears(model)),
     )
 
 
@@ -129,6 +132,15 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
 _CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
 }
+
+
+def _trained_linears(model: nn.Module) -> Iterator[tuple[int, int]]:
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Embedding) or not isinstance(weight, nn.Parameter):
+            continue
+        if weight.requires_grad and weight.ndim == 2:
+            yield weight.shape[0], weight.shape[1]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -78,6 +78,7 @@ def _run_rows(
         ("held-out", heldout),
         ("processes", _processes_text(processes, recipe)),
         ("compute", f"{processes.device}, {recipe.model.dtype}"),
+        ("micro-batch", str(parts.microbatch)),
         ("folder", str(folder.root)),
     ]
     if first_step:

@@ -70,11 +70,11 @@ class Recipe(Section):
                 f"{context} with layout {layout} cannot divide into {pieces} equal pieces; "
                 f"set data.sequence_length to {nearest} or change parallel.context"
             )
-        if self.compute.microbatch_size != 1:
+        if self.compute.microbatch_size not in (1, "auto"):
             raise ValueError(
                 f"compute.microbatch_size is {self.compute.microbatch_size}; with "
                 f"parallel.context = {context} the processes share one sequence at a time, so it "
-                "must be 1"
+                'must be 1 or "auto"'
             )
         if self.compute.backward not in ("auto", "single_sample"):
             raise ValueError(
@@ -95,6 +95,11 @@ class Recipe(Section):
     def processes(self) -> int:
         """Number of processes the run needs."""
         return self.parallel.replicate * self.parallel.context
+
+    def with_microbatch(self, size: int) -> Recipe:
+        """Return the recipe with the size of micro-batches settled."""
+        compute = self.compute.model_copy(update={"microbatch_size": size})
+        return self.model_copy(update={"compute": compute})
 
     def to_toml(self) -> str:
         """Return the recipe with every default filled in; `load_recipe` reads it back."""

@@ -22,7 +22,7 @@ def explain(error: ValidationError, schema: type[BaseModel], source: str) -> str
     reasons: dict[str, list[str]] = {}
     for item in error.errors():
         path, fields = _walk(schema, item["loc"])
-        lines = reasons.setdefault(".".join(path) or "recipe", [])
+        lines = reasons.setdefault(".".join(path) or schema.__name__.lower(), [])
         reason = _reason(item, path, fields)
         if reason not in lines:
             lines.append(reason)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
 
@@ -240,7 +240,11 @@ class Compute(Section):
     checkpointing: Literal["none", "full"] = Field(
         default="none", description="full: recompute activations block by block to save memory."
     )
-    microbatch_size: int = Field(default=1, ge=1, description="Units per forward and backward.")
+    microbatch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto",
+        description="Units per forward and backward. auto: the smallest that is about as fast as "
+        "any that fits into memory; chosen at every start.",
+    )
     backward: Literal[
         "auto", "single_sample", "per_sample", "bookkeeping", "two_pass", "per_layer"
     ] = Field(default="auto", description="What is kept until the clipping factors are known.")

@@ -5,18 +5,22 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+_REMEMBERED = 64  # micro-batches
 
 
 class Throughput:
     """Tokens per second of a step with the expected batch.
 
     How long a step took tells how many units it drew, which is private. Here the time per token of
-    each micro-batch and the time of each release are medians of their own, and the rate is put
-    together for the expected batch, a public constant.
+    each full micro-batch and the time of each release are medians of their own, and the rate is put
+    together for the expected batch, a public constant. A synthetic micro-batch is the first, so
+    that no rate is missing where a step drew too few units for a full one.
 
     Args:
         expected_tokens: Expected units per step times the sequence length.
@@ -28,16 +32,20 @@ class Throughput:
         self._expected_tokens = expected_tokens
         self._replicas = replicas
         self._device = device
-        self._per_token: list[float] = []
+        self._per_token: deque[float] = deque(maxlen=_REMEMBERED)
         self._release: list[float] = []
         self._began_release = 0.0
 
     @contextmanager
-    def microbatch(self, tokens: int) -> Iterator[None]:
-        """Time one forward and backward over `tokens` tokens, padding included."""
+    def microbatch(self, tokens: int, *, full: bool) -> Iterator[None]:
+        """Time one forward and backward over `tokens` tokens, padding included.
+
+        Only a full micro-batch counts: how full the last one of a step is, is private.
+        """
         began = self._now()
         yield
-        self._per_token.append((self._now() - began) / tokens)
+        if full:
+            self._per_token.append((self._now() - began) / tokens)
 
     def begin_release(self) -> None:
         """Note that the last micro-batch of a step is done."""
@@ -48,12 +56,11 @@ class Throughput:
         self._release.append(self._now() - self._began_release)
 
     def rate(self) -> float | None:
-        """Return tokens per second since the last call; None before anything was timed."""
+        """Return tokens per second with the releases since the last call; None without any."""
         if not self._per_token or not self._release:
             return None
         work = self._expected_tokens / self._replicas * statistics.median(self._per_token)
         seconds = work + statistics.median(self._release)
-        self._per_token.clear()
         self._release.clear()
         return self._expected_tokens / seconds
 

@@ -30,6 +30,7 @@ class ModelShape:
         features: Σ(I + O) over the linear maps of the largest clipping group.
         layered: Whether every clipping group ends within a layer.
         gradient_bytes: Of one element of a gradient.
+        frozen: Elements that are used but not trained.
     """
 
     linears: tuple[tuple[int, int], ...]
@@ -38,6 +39,7 @@ class ModelShape:
     features: int
     layered: bool
     gradient_bytes: float = _FP32
+    frozen: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,11 +178,12 @@ def best_microbatch(
         ]
         if not fits:
             return float("inf")
-        shared = 3.0 * _FP32 * model.parameters / rates.bandwidth
+        shared = 3.0 * _FP32 * (model.parameters + model.frozen) / rates.bandwidth
         shared += _LAYER_CALLS * len(model.linears) * rates.call_seconds
         return ordinary + (fits[0].seconds + shared) / size
 
-    ordinary = sum(6.0 * length * i * o for i, o in model.linears) / rates.flops
+    elements = model.frozen + sum(i * o for i, o in model.linears)
+    ordinary = 6.0 * length * elements / rates.flops
     seconds = {2**k: seconds_per_record(2**k) for k in range(max(1, most).bit_length())}
     most_allowed = _TELLING * min(seconds.values())
     return next((size for size, each in seconds.items() if each <= most_allowed), 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -218,10 +218,14 @@ def plan_for(
         norms=wishes.norms,
         modules=modules,
         degree=degree,
-        shape=_shape(groups, modules, names),
+        shape=replace(_shape(groups, modules, names), frozen=_frozen(model)),
         rates=rates,
         memory=rates.free_bytes if wishes.memory_budget is None else wishes.memory_budget,
     )
+
+
+def _frozen(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if not p.requires_grad)
 
 
 def _shape(groups: Groups, modules: Sequence[OwnedModule], names: Mapping[int, str]) -> ModelShape:

@@ -52,7 +52,7 @@ class DeviceRates:
             measured = asdict(_measure(device))
             known[key] = {name: measured[name] for name in _MEASURED}
             _write(cache, known)
-        return cls(**known[key], free_bytes=int(0.5 * _free_bytes(device)))
+        return cls(**known[key], free_bytes=int(0.5 * free_bytes(device)))
 
 
 def _key(device: torch.device) -> str:
@@ -123,7 +123,8 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Return the memory of `device` that nobody uses now, bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

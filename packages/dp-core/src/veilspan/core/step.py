@@ -248,7 +248,7 @@ class PrivateStep:
         return self._plan.path_of(parameter)
 
     def best_microbatch(self, length: int, most: int) -> int:
-        """Return the number of records a micro-batch that the cost model finds fastest.
+        """Return the smallest micro-batch, in records, that is about as fast as any.
 
         Args:
             length: Tokens of each record.
