@@ -156,7 +156,8 @@ class ClippedSum:
         kept_B = factor_B != 0.0
         if not bool(kept_B.all()):
             grad_Bx, factor_B = grad_Bx[kept_B], factor_B[kept_B]
-        total.view(-1).addmv_(grad_Bx.reshape(len(grad_Bx), total.numel()).mT, factor_B.to(total.dtype))
+        flat_Bn = grad_Bx.reshape(len(grad_Bx), total.numel())
+        total.view(-1).addmv_(flat_Bn.mT, factor_B.to(total.dtype))
 
     def discard(self) -> None:
         """Forget every contribution."""
