@@ -135,3 +135,39 @@ def test_the_best_micro_batch_of_a_model_without_taps_is_one():
     model = nn.Linear(64, 64)
     options = {"clipping": Flat(clip_norm=1.0), "noise_multiplier": 0, "expected_batch_size": 1}
     assert PrivateStep(model, backward="single_sample", **options).best_microbatch(8, 64) == 1
+
+
+class Tied(nn.Module):
+    """A table of 7 x 6 used twice, and 2 x 6 x 6 elements whose records run alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 6), nn.Linear(6, 7, bias=False)
+        self.rnn = nn.RNN(6, 6, batch_first=True, bias=False)
+        self.mix = nn.Linear(6, 6)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.mix(self.rnn(self.embed(ids))[0]))
+
+
+def tied_step(memory_budget):
+    return PrivateStep(
+        Tied(),
+        clipping=Flat(clip_norm=1.0),
+        noise_multiplier=0.0,
+        expected_batch_size=3,
+        memory_budget=memory_budget,
+    )
+
+
+def test_a_memory_budget_that_no_strategy_meets_is_refused_with_the_least_that_would_do():
+    least = 3 * 4 * (7 * 6 + 2 * 6 * 6)  # records, bytes, the tied table and the recurrent layer
+    step = tied_step(least - 1)
+    ids = torch.randint(0, 7, (3, 5))
+    with pytest.raises(ValueError, match=rf"less than {least:,} \(two_pass\)"), step:
+        step.model(ids)
+    enough = tied_step(least)
+    with enough:
+        enough.backward(enough.model(ids).square().flatten(1).sum(1))
+    assert "two_pass" in enough.explain()

@@ -31,6 +31,9 @@ class ModelShape:
         layered: Whether every clipping group ends within a layer.
         gradient_bytes: Of one element of a gradient.
         frozen: Elements that are used but not trained.
+        tied: Trainable elements that several modules use; their gradients are kept per record.
+        alone: Elements of the largest module whose records run one at a time.
+        alone_in_group: Elements of such modules within one clipping group, at most.
     """
 
     linears: tuple[tuple[int, int], ...]
@@ -40,6 +43,9 @@ class ModelShape:
     layered: bool
     gradient_bytes: float = _FP32
     frozen: int = 0
+    tied: int = 0
+    alone: int = 0
+    alone_in_group: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,25 +125,32 @@ def forecast_all(
     calls = 20.0 * len(model.linears) * rates.call_seconds
     weighed = norms + (scaling + 3.0 * parameters) / rates.bandwidth + calls
     kept = "single_sample" if size <= 1 else "per_sample"
+    # Whole gradients per record, which no strategy but single_sample does without.
+    whole = size * model.gradient_bytes
+    book = _FP32 * size * length * model.features + whole * (model.tied + model.alone_in_group)
+    least = whole * (model.tied + model.alone)
     found = [
         Forecast(name=kept, seconds=stored, bytes=size * gradient),
-        Forecast(name="bookkeeping", seconds=weighed, bytes=_FP32 * size * length * model.features),
+        Forecast(name="bookkeeping", seconds=weighed, bytes=book),
         # A second pass through everything: input gradients again, and what lies between layers.
-        Forecast(name="two_pass", seconds=weighed + 1.3 * products, bytes=0.0),
+        Forecast(name="two_pass", seconds=weighed + 1.3 * products, bytes=least),
     ]
     if model.layered:
-        found.append(Forecast(name="per_layer", seconds=0.9 * stored, bytes=_FP32 * model.largest))
+        layer = _FP32 * model.largest + least
+        found.append(Forecast(name="per_layer", seconds=0.9 * stored, bytes=layer))
     return sorted(found, key=lambda forecast: forecast.seconds)
 
 
-def choose(forecasts: Sequence[Forecast], memory: float) -> Choice:
-    """Return the fastest strategy that fits into `memory` bytes; `two_pass` always does.
+def choose(forecasts: Sequence[Forecast], memory: float) -> Choice | None:
+    """Return the fastest strategy that fits into `memory` bytes, or None if none does.
 
     Args:
         forecasts: What each strategy costs.
         memory: Bytes that a strategy may use beyond an ordinary backward pass.
     """
     fitting = [forecast for forecast in forecasts if forecast.bytes <= memory]
+    if not fitting:
+        return None
     # One record alone needs no rule and no slack: the norm is that of the very numbers it adds.
     best = min(fitting, key=lambda f: (f.name != "single_sample", f.seconds))
     if best.name == "single_sample":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +22,7 @@ from veilspan.core.cost import (
 from veilspan.core.errors import UnsupportedModelError
 from veilspan.core.groups import Groups
 from veilspan.core.rates import DeviceRates
+from veilspan.core.rules import RecordsAlone
 from veilspan.core.rules.linear import LinearRule
 from veilspan.core.survey import OwnedModule, trainable_parameters
 
@@ -41,6 +43,7 @@ class StrategyPlan:
         shape: The model, as the cost model sees it.
         rates: The device, as the cost model sees it.
         memory: Bytes that a strategy may use beyond an ordinary backward pass.
+        memory_is_given: Whether the caller set that limit; else it is what seemed to be free.
     """
 
     backward: str
@@ -50,6 +53,7 @@ class StrategyPlan:
     shape: ModelShape
     rates: DeviceRates
     memory: float
+    memory_is_given: bool = False
     chosen: dict[tuple[int, int], Choice] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -152,7 +156,19 @@ class StrategyPlan:
         if obstacle is not None:
             return Choice(name="single_sample", reason=obstacle)
         forecasts = forecast_all(size, length, self.shape, self.rates, self.norm_method)
-        return choose(forecasts, self.memory)
+        choice = choose(forecasts, self.memory)
+        if choice is not None:
+            return choice
+        least = min(forecasts, key=lambda forecast: forecast.bytes)
+        if self.memory_is_given:
+            raise ValueError(
+                f"memory_budget is {self.memory:,.0f} bytes, but no backward strategy serves a "
+                f"micro-batch of {size} records with less than {least.bytes:,.0f} ({least.name}): "
+                "tied parameters, and modules whose records run alone, keep a gradient per record. "
+                "Give memory_budget at least that, or use smaller micro-batches."
+            )
+        reason = f"takes the least memory; {self.memory / 2**20:.0f} MiB were thought to be free"
+        return Choice(name=least.name, reason=reason, forecasts=tuple(forecasts))
 
     def _obstacle(self) -> str | None:
         """Return why taps cannot be used on this model, or None."""
@@ -221,6 +237,7 @@ def plan_for(
         shape=replace(_shape(groups, modules, names), frozen=_frozen(model)),
         rates=rates,
         memory=rates.free_bytes if wishes.memory_budget is None else wishes.memory_budget,
+        memory_is_given=wishes.memory_budget is not None,
     )
 
 
@@ -230,9 +247,13 @@ def _frozen(model: nn.Module) -> int:
 
 def _shape(groups: Groups, modules: Sequence[OwnedModule], names: Mapping[int, str]) -> ModelShape:
     """Return what the cost model needs of a model; a tied weight counts once per use."""
-    linears, features = [], [0] * len(groups)
+    linears, features, alone = [], [0] * len(groups), [0] * len(groups)
+    uses = Counter(id(p) for module in modules for p in module.parameters.values())
     elements = {id(p): p.numel() for module in modules for p in module.parameters.values()}
     for module in modules:
+        if isinstance(module.rule, RecordsAlone):
+            for parameter in module.parameters.values():
+                alone[groups.index[names[id(parameter)]]] += parameter.numel()
         weight = module.parameters.get("weight")
         if isinstance(module.rule, LinearRule) and weight is not None:
             outputs, inputs = weight.shape
@@ -241,11 +262,18 @@ def _shape(groups: Groups, modules: Sequence[OwnedModule], names: Mapping[int, s
     return ModelShape(
         linears=tuple(linears),
         parameters=sum(elements.values()),
-        largest=max(sum(p.numel() for p in m.parameters.values()) for m in modules),
+        largest=max(_elements(m) for m in modules),
         features=max(features),
         layered=_end_within_layers(groups, modules, names),
+        tied=sum(elements[p] for p, count in uses.items() if count > 1),
+        alone=max((_elements(m) for m in modules if isinstance(m.rule, RecordsAlone)), default=0),
+        alone_in_group=max(alone),
         gradient_bytes=max(p.element_size() for m in modules for p in m.parameters.values()),
     )
+
+
+def _elements(module: OwnedModule) -> int:
+    return sum(p.numel() for p in module.parameters.values())
 
 
 def _end_within_layers(
