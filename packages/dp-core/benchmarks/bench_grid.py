@@ -70,13 +70,15 @@ def measure(cell: Cell, options: argparse.Namespace, shorter: Experience) -> dic
     seconds = options.cell_seconds or SCALES[cell.scale].seconds
     limits = Limits(rounds=options.rounds, seconds=seconds, slow=SLOW)
     times = time_rounds(cell.shape, running, limits, lambda line: print(line, flush=True))
-    if options.device == "cpu" and not options.no_memory:
+    plain = times.settled("plain").values()
+    micro_batch = min(plain, default=0.0) * cell.size / cell.shape.records
+    wanted = options.device == "cpu" and not options.no_memory
+    if wanted and micro_batch <= SCALES[cell.scale].patience / 15:
         for name, (method, size) in running.items():
             if name not in times.failures:
                 peak = peak_mib(cell.shape, method, size, options.threads)
                 times.peaks |= {} if peak is None else {name: peak}
     rows = [row(name, entry, found, times) for name, entry in found.items()]
-    plain = times.settled("plain").values()
     flops = cell.shape.flops() / min(plain) if plain else 0.0
     gpu = str(machine().get("gpu", "")) if options.device == "cuda" else ""
     peak = next((rate for name, rate in PEAK_FLOPS.items() if name in gpu), None)

@@ -132,6 +132,7 @@ class OpacusHooks:
                 self._optimizer.zero_grad()
         self._optimizer.pre_step()  # clipped sum, noise: leaves `.grad`
         for parameter in self.model.parameters():
+            assert parameter.grad is not None
             parameter.grad /= len(tokens)
 
     def update(self) -> None:

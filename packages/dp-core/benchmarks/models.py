@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +52,8 @@ class Shape:
         finally:
             torch.set_default_dtype(before)
         if self.checkpointing:
-            enable = getattr(model, "activation_checkpointing_enable", None)
-            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+            old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+            getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
         return model.train()
 
     def optimizer_of(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -135,12 +136,19 @@ class Shape:
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, Conv1D):
-                    linear = nn.Linear(*child.weight.shape)
+                    inputs, outputs = child.weight.shape
+                    linear = nn.Linear(inputs, outputs)
                     linear.weight.data.copy_(child.weight.data.mT)
                     linear.bias.data.copy_(child.bias.data)
                     setattr(parent, name, linear)
         return model
 
 
-QUICK = {"hidden": 64, "intermediate": 172, "layers": 2, "heads": 4, "vocabulary": 256}
+QUICK: dict[str, Any] = {
+    "hidden": 64,
+    "intermediate": 172,
+    "layers": 2,
+    "heads": 4,
+    "vocabulary": 256,
+}
 """A model so small that it only shows whether everything runs."""

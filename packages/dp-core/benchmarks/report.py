@@ -173,10 +173,19 @@ def _plot(result: _Result, what: tuple[str, str, str], path: Path) -> None:
     figure.savefig(path)
 
 
+def _colour(name: str) -> str:
+    """Return one colour per contestant, the same in every panel; the automatic ones are dark."""
+    known = ("single_sample", "per_sample", "bookkeeping", "two_pass", "per_layer")
+    rivals = ("opacus_hooks", "opacus_ghost", "opacus_fgc", "fastdp_mixopt")
+    others = {"auto": "black", "auto_free": "dimgray"}
+    names = (*known, *rivals)
+    return f"C{names.index(name)}" if name in names else others.get(name, "C9")
+
+
 def _draw(axes: Any, cells: Sequence[_Result], axis: str, value: str) -> None:
     ordered = sorted(cells, key=lambda cell: cell[axis])
     names = list(dict.fromkeys(row["method"] for cell in ordered for row in cell["rows"]))
-    for number, name in enumerate(names):
+    for name in names:
         points = [
             (cell[axis], row[value]["median"] if value == "ratio" else row[value])
             for cell in ordered
@@ -184,9 +193,10 @@ def _draw(axes: Any, cells: Sequence[_Result], axis: str, value: str) -> None:
             if row["method"] == name and value in row
         ]
         if points and not (value == "ratio" and name == "plain"):
-            style = "--" if name.startswith(("opacus", "fastdp")) else "-"
+            rival = name.startswith(("opacus", "fastdp"))
+            style = "--" if rival else ":" if name.startswith(("auto", "plain")) else "-"
             axes.plot(
-                *zip(*points, strict=True), style, color=f"C{number % 10}", marker="o", label=name
+                *zip(*points, strict=True), style, color=_colour(name), marker="o", label=name
             )
     axes.set_xscale("log", base=2)
     if value == "ratio":

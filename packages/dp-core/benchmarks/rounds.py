@@ -167,6 +167,11 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
     return {"q1": q1, "median": median, "q3": q3}
 
 
+def throughput_ratio(method: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
+    """Return median and quartiles of baseline seconds over method seconds, paired by round."""
+    return quartiles([b / m for m, b in zip(method, baseline, strict=True)])
+
+
 def gradient_errors(shape: Shape, names: Sequence[str], size: int) -> dict[str, float | str]:
     """Return how far each flat-clipping method's mean of clipped gradients is from our first's.
 
@@ -195,9 +200,9 @@ def gradient_errors(shape: Shape, names: Sequence[str], size: int) -> dict[str, 
         reference = found if reference is None else reference
         apart = sum(float((found[n] - g).square().sum()) for n, g in reference.items())
         whole = sum(float(g.square().sum()) for g in reference.values())
-        errors[name] = (apart / whole) ** 0.5
-        if errors[name] > 1e-4 and not name.startswith("fastdp"):
-            raise RuntimeError(f"{name} computes another gradient: error {errors[name]:.1e}.")
+        errors[name] = error = (apart / whole) ** 0.5
+        if error > 1e-4 and not name.startswith("fastdp"):
+            raise RuntimeError(f"{name} computes another gradient: error {error:.1e}.")
     return errors
 
 
