@@ -135,3 +135,11 @@ def test_pitfall_35_a_parameter_that_every_context_rank_holds_is_refused(found, 
     for report in found[mesh]:
         assert "held whole by each of the" in report["unsharded"]
         assert "shard_model" in report["unsharded"]
+
+
+@pytest.mark.parametrize("mesh", ["2x1", "2x2"])
+def test_pitfall_35_a_model_split_over_ranks_with_other_records_is_refused(found, mesh):
+    for report in found[mesh]:
+        assert len(report["split over replicas"]) == 6
+        for said in report["split over replicas"]:
+            assert "it must be split along its first dimension over the" in said

@@ -24,6 +24,7 @@ from kit import (
     whole,
 )
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from veilspan.core import (
     GaussianNoise,
@@ -225,6 +226,21 @@ def unsharded(mesh: ParallelMesh) -> str:
     return "nothing was raised"
 
 
+def split_over_replicas(mesh: ParallelMesh) -> list[str]:
+    """What each strategy says of FSDP2 over ranks that hold different records."""
+    model, said = Wide(), []
+    assert mesh.device_mesh is not None
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh.device_mesh["replicate"])
+    for backward in ("auto", "single_sample", "per_sample", "bookkeeping", "two_pass", "per_layer"):
+        try:
+            private_step(model, mesh, backward=backward, clipping=PerLayer(clip_norm=CLIP_NORM))
+            said.append("nothing was raised")
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
 def body(arguments: list[str]) -> dict[str, Any]:
     keep_float64()
     found = {}
@@ -240,6 +256,7 @@ def body(arguments: list[str]) -> dict[str, Any]:
             "twenty steps": twenty_steps(mesh),
             "empty draws": empty_draws(mesh),
             "unsharded": unsharded(mesh) if context > 1 else "",
+            "split over replicas": split_over_replicas(mesh) if replicate > 1 else [],
         }
     return found
 

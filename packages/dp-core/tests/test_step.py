@@ -19,6 +19,7 @@ from veilspan.core import (
     UnsupportedModelError,
     new_key,
 )
+from veilspan.core.reduction import LocalShards
 
 TAPPED = ["per_sample", "two_pass"]
 
@@ -279,6 +280,16 @@ def test_pitfall_35_parameters_split_over_ranks_need_their_shards(tmp_path):
                 attach(model, backward=backward)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backward", ["auto", "single_sample", *TAPPED, "bookkeeping"])
+def test_pitfall_35_parameters_split_over_ranks_with_other_records_are_refused(backward):
+    class HalfOfTheRows(LocalShards):
+        def local(self, tensor):
+            return tensor.chunk(2)[0]
+
+    with pytest.raises(UnsupportedModelError, match="gradients of different records"):
+        attach(nn.Linear(4, 4), backward=backward, shards=HalfOfTheRows())
 
 
 @pytest.mark.parametrize(

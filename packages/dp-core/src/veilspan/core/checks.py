@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from veilspan.core.errors import PrivacyError, UnsupportedModelError
 from veilspan.core.groups import Clipping
+from veilspan.core.protocols import SequenceShards
 
 
 def check_numbers(
@@ -44,11 +45,14 @@ def check_numbers(
         raise ValueError(f"first_step is {first_step}; it must be at least 0.")
 
 
-def refuse_gradient_averaging(model: nn.Module) -> None:
-    """Refuse wrappers that average the gradients of different records before they are clipped.
+def refuse_mixed_gradients(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], shards: SequenceShards
+) -> None:
+    """Refuse what adds up gradients of different records before they are clipped.
 
     Raises:
-        UnsupportedModelError: Naming the wrapper and the way out.
+        UnsupportedModelError: Naming a wrapper that averages over ranks, or a parameter that is
+            split while each rank has whole sequences.
     """
     for name, module in model.named_modules():
         if isinstance(module, DataParallel | DistributedDataParallel | FullyShardedDataParallel):
@@ -56,6 +60,16 @@ def refuse_gradient_averaging(model: nn.Module) -> None:
                 f"Module '{name}' is {type(module).__name__}, which averages the gradients of "
                 "different records over ranks before they are clipped. Pass the bare model and "
                 "reduction=, such as veilspan.parallel.ReplicaReduction(mesh)."
+            )
+    for name, parameter in parameters.items():
+        held = shards.local(parameter.detach()).shape  # refuses what it cannot place
+        if shards.degree == 1 and held != parameter.shape:
+            raise UnsupportedModelError(
+                f"Parameter '{name}' of shape {tuple(parameter.shape)} is split over ranks, of "
+                f"which this one holds {tuple(held)}, but each rank has whole sequences of its "
+                "own: FSDP would add up gradients of different records before they are clipped, "
+                "and no strategy adds up clipped sums in parts. Shard over ranks that hold one "
+                "sequence together, as veilspan.parallel.shard_model does."
             )
 
 

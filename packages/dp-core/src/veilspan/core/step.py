@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from veilspan.core.attachment import Attachment
 from veilspan.core.backward import Workspace, run_micro_batch
 from veilspan.core.backward.reach import reaches_its_record_alone
-from veilspan.core.checks import check_losses, check_numbers, refuse_gradient_averaging
+from veilspan.core.checks import check_losses, check_numbers, refuse_mixed_gradients
 from veilspan.core.errors import PrivacyError
 from veilspan.core.groups import Clipping
 from veilspan.core.noise import GaussianNoise, new_key
@@ -101,7 +101,6 @@ class PrivateStep:
     ) -> None:
         check_numbers(clipping, noise_multiplier, expected_batch_size, first_step)
         refuse_cross_sample_layers(model)
-        refuse_gradient_averaging(model)
         self.clipping = clipping
         self.noise_multiplier = float(noise_multiplier)
         self.expected_batch_size = float(expected_batch_size)
@@ -117,8 +116,7 @@ class PrivateStep:
         self._reduction = reduction or NoReduction()
         self._on_release = on_release
         owned = trainable_parameters(model)
-        for parameter in owned.values():
-            self._shards.local(parameter.detach())  # refuses what it cannot place, before training
+        refuse_mixed_gradients(model, owned, self._shards)
         may_tap = backward != "single_sample" and self._shards.degree == 1
         modules = list(owned_modules(model, (kernel or BlockedKernel()) if may_tap else None))
         groups = clipping.resolve({name: p.numel() for name, p in owned.items()})

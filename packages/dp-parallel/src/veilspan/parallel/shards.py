@@ -120,9 +120,15 @@ class ContextShards:
 
     def _check_placement(self, tensor: DTensor) -> None:
         placements = tuple(tensor.placements)
-        if placements != (Shard(0),) or tensor.device_mesh.size() != self.degree:
+        ranks = tensor.device_mesh.mesh.flatten().tolist()
+        if placements != (Shard(0),) or ranks != self._ranks():
             raise ValueError(
                 f"a parameter of shape {tuple(tensor.shape)} has the placements {placements} on "
-                f"{tensor.device_mesh.size()} ranks; it must be split along its first dimension "
+                f"the ranks {ranks}; it must be split along its first dimension "
                 f"over the {self.degree} context ranks, as shard_model does."
             )
+
+    def _ranks(self) -> list[int]:
+        if self.degree == 1:
+            return [self._mesh.rank]
+        return dist.get_process_group_ranks(self._mesh.context_group)
