@@ -346,6 +346,20 @@ def test_pitfall_42_an_optimizer_inside_of_backward_is_refused(backward):
         pass
 
 
+@under_every_strategy
+def test_pitfall_49_a_hook_that_would_see_a_raw_gradient_is_refused(backward):
+    model, seen = nn.Linear(3, 2), []
+    hook = model.weight.register_hook(seen.append)
+    with pytest.raises(UnsupportedModelError, match="register_hook"):
+        attach(model, backward)
+    hook.remove()
+    step = attach(model, backward)
+    model.weight.register_hook(seen.append)
+    with pytest.raises(UnsupportedModelError, match="register_hook"), step:
+        pass
+    assert not seen
+
+
 @pytest.mark.parametrize("form", ["fused", "foreach"])
 def test_pitfall_42_a_fused_optimizer_after_the_batch_moves_by_the_released_gradient(form):
     models = [nn.Linear(3, 2) for _ in range(2)]

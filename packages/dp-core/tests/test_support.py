@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from veilspan.core import Flat, PrivacyError, PrivateStep
 from veilspan.core.support import preflight
@@ -80,3 +83,22 @@ def test_a_batch_mean_and_a_scalar_are_refused():
 def test_the_probe_takes_exactly_two_records():
     with pytest.raises(ValueError, match="holds 3 records"):
         preflight(attach(nn.Sequential(nn.Linear(4, 4))), losses, batch_of(3))
+
+
+class Selective(nn.Module):
+    """Keeps products and recomputes the rest; torch lets such a graph be differentiated once."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
+
+    def forward(self, x):
+        contexts = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+        return checkpoint(self.inner, x, use_reentrant=False, context_fn=contexts)
+
+
+@pytest.mark.parametrize("backward", ["single_sample", "per_sample", "bookkeeping"])
+def test_a_model_under_selective_checkpointing_passes(backward):
+    model = nn.Sequential(nn.Linear(4, 4), Selective())
+    report = preflight(attach(model, backward), losses, batch_of())
+    assert len(report.parameters) == 6

@@ -107,6 +107,8 @@ def _probe_gradients(step: PrivateStep, compute_losses: ComputeLosses, batch: Ba
     size = 1 if step.takes_single_samples else batch_size(batch)
     try:
         with step:
+            if not step.takes_single_samples:  # selective checkpointing lets a graph be used once
+                step.probe(compute_losses(step.model, batch))
             for start in range(0, batch_size(batch), size):
                 step.backward(compute_losses(step.model, take(batch, start, start + size)))
             raise _NothingReleasedError

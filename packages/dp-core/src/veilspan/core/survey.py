@@ -45,6 +45,12 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
                 "before clipping and noise (an optimizer fused into the backward pass, say). "
                 "Remove the hook and step the optimizer after the `with step:` block."
             )
+        if parameter._backward_hooks:
+            raise UnsupportedModelError(
+                f"Parameter '{name}' has a gradient hook (register_hook), which would see its "
+                "gradient before clipping and noise. Remove the hook; read parameter.grad after "
+                "the `with step:` block."
+            )
     return owned
 
 
