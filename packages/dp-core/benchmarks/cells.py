@@ -14,7 +14,7 @@ from models import QUICK, Shape
 OURS = ("single_sample", "per_sample", "bookkeeping", "two_pass", "per_layer")
 RIVALS = ("opacus_hooks", "opacus_ghost", "opacus_fgc", "fastdp_mixopt")
 SLOW = 1.6
-"""A method that many times slower than plain training runs in one round only."""
+"""A method that many times slower than plain training runs in two rounds; far slower, in one."""
 HOPELESS = 8.0
 """A method that many times slower at the next shorter T, with the same model and B, is left out."""
 
