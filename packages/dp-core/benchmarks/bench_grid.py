@@ -56,6 +56,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny model: does everything run?")
     options = parser.parse_args()
     default = ["device"] if options.device == "cuda" else ["issue", "small"]
+    if options.markdown and not (options.output and options.output.exists()):
+        parser.error("--markdown needs the file that --output names")
     options.resume = options.resume or options.only_memory
     options.scales = options.scales or (["quick"] if options.quick else default)
     options.rounds = options.rounds or (1 if options.quick else 5)
