@@ -17,11 +17,14 @@ _Result = Mapping[str, Any]
 def regret(cells: Sequence[_Result]) -> dict[str, Any]:
     """Return time of the cost model's choice over that of the best of our strategies, by cell.
 
-    `given`: among strategies at the cell's micro-batch. `free`: among all that were measured.
+    `given`: among strategies at the cell's micro-batch. `free`: among all that were measured. Cells
+    where not all strategies under flat clipping ran tell nothing and are left out.
     """
     found: dict[str, dict[str, float]] = {"given": {}, "free": {}}
     for cell in cells:
         ratio = {r["method"]: r["ratio"]["median"] for r in cell["rows"] if "ratio" in r}
+        if not {"per_sample", "bookkeeping", "two_pass"} <= ratio.keys():
+            continue
         at_size = [n for n in GIVEN if n != "single_sample" or cell["size"] == 1]
         for kind, auto, others in (
             ("given", "auto", at_size),
@@ -92,9 +95,12 @@ def markdown(result: _Result) -> str:
             "",
         ]
         lines += _grid(cells, lambda row: f"{row['ratio']['median']:.2f}")
-        if any("peak_mib" in row for cell in cells for row in cell["rows"]):
+        weighed = [cell for cell in cells if any("peak_mib" in row for row in cell["rows"])]
+        if weighed:
             lines += ["", "Peak memory above the weights, MiB.", ""]
-            lines += _grid(cells, lambda row: f"{row['peak_mib']:.0f}" if "peak_mib" in row else "")
+            lines += _grid(
+                weighed, lambda row: f"{row['peak_mib']:.0f}" if "peak_mib" in row else ""
+            )
     return "\n".join(lines)
 
 
