@@ -146,7 +146,8 @@ def _plot(result: _Result, what: tuple[str, str, str], path: Path) -> None:
 
     axis, value, other = what
     panels: dict[tuple[str, str], dict[int, list[_Result]]] = {}
-    for cell in result["cells"]:
+    told = [cell for cell in result["cells"] if any(value in row for row in cell["rows"])]
+    for cell in told:
         row = panels.setdefault((cell["scale"], cell["model"]), {})
         row.setdefault(cell[other], []).append(cell)
     panels = {
