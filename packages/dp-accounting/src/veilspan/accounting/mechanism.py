@@ -41,16 +41,20 @@ class SampledGaussian:
         check_count("steps", self.steps)
 
 
-def check_number(name: str, value: object) -> None:
-    """Raise `ValueError` unless `value` is a real number (infinity allowed, NaN and bool not)."""
+def check_number(name: str, value: object) -> float:
+    """Return `value` if it is a real number (infinity allowed, NaN and bool not).
+
+    Raises:
+        ValueError: If it is not.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
         raise ValueError(f"{name} is {value!r}; it must be a number.")
+    return value
 
 
 def check_probability(name: str, value: object) -> None:
     """Raise `ValueError` unless `value` is a number in [0, 1]."""
-    check_number(name, value)
-    if not 0 <= value <= 1:  # type: ignore[operator]
+    if not 0 <= check_number(name, value) <= 1:
         raise ValueError(f"{name} is {value!r}; it must lie in [0, 1].")
 
 
@@ -62,8 +66,7 @@ def check_count(name: str, value: object) -> None:
 
 def check_delta(value: object) -> None:
     """Raise `ValueError` unless `value` is a number strictly between 0 and 1."""
-    check_number("delta", value)
-    if not 0 < value < 1:  # type: ignore[operator]
+    if not 0 < check_number("delta", value) < 1:
         raise ValueError(
             f"delta is {value!r}; it must lie strictly between 0 and 1, "
             "and well below 1 / (number of records) to mean anything."

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from veilspan.accounting.bounds import EpsilonBounds
+from veilspan.accounting.bounds import Direction, EpsilonBounds
 from veilspan.accounting.engines.closed_form import closed_form
 from veilspan.accounting.engines.compose import Composition, WindowTooWideError
 from veilspan.accounting.engines.discretise import GridLoss, dominated, dominating
@@ -87,7 +87,7 @@ class PldEngine:
         return _between(lower, upper, delta, direction)
 
 
-def _between(lower: float, upper: float, delta: float, direction: _Direction) -> EpsilonBounds:
+def _between(lower: float, upper: float, delta: float, direction: Direction) -> EpsilonBounds:
     return EpsilonBounds(
         lower=lower,
         estimate=lower if math.isinf(upper) else (lower + upper) / 2,
@@ -102,7 +102,7 @@ def _tighter(first: EpsilonBounds, second: EpsilonBounds) -> EpsilonBounds:
     """Return the intersection of two valid answers to one question."""
     best = first if first.upper < second.upper else second
     lower = min(max(first.lower, second.lower), best.upper)
-    return _between(lower, best.upper, best.delta, best.direction)  # type: ignore[arg-type]
+    return _between(lower, best.upper, best.delta, best.direction)
 
 
 @dataclass(frozen=True)

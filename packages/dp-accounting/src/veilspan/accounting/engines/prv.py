@@ -152,6 +152,7 @@ def _compose(
                 loss,
                 eps_error=error,
                 delta_error=_DELTA_ERROR * delta,
+                # The library takes one number as well as a list of them, and declares the list.
                 max_self_compositions=steps,  # type: ignore[arg-type]
                 eps_max=limit,
             )

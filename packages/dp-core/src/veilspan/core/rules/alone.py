@@ -15,8 +15,8 @@ class RecordsAlone:
     It serves the module with all that it contains, whatever happens inside: weights used by
     function, experts that receive flattened tokens, state along the sequence. Nothing is computed
     twice; what is lost is the speed of a batch. The gradient is the one that autograd forms for the
-    record, so the norm is taken of the very numbers that are added, and records cannot couple
-    inside of the module.
+    record, so the norm is taken of the very numbers that are added. Records cannot couple inside of
+    the module, unless it keeps something of one call for the next.
 
     Tensors that the module receives are cut along dimension 0 where that is the number of records,
     and given to each record whole where it is not. Tensors that it returns are joined along
