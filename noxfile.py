@@ -33,10 +33,11 @@ ROOT = Path(__file__).resolve().parent
 PACKAGES = {
     "accounting": "packages/dp-accounting",
     "core": "packages/dp-core",
+    "kernels": "packages/dp-kernels",
     "parallel": "packages/dp-parallel",
     "trainer": "apps/trainer",
 }
-EXTRAS = {"accounting": "[plot]", "core": "", "parallel": "[hf]", "trainer": "[all]"}
+EXTRAS = {"accounting": "[plot]", "core": "", "kernels": "", "parallel": "[hf]", "trainer": "[all]"}
 EDITABLE = [part for name, path in PACKAGES.items() for part in ("-e", f"{path}{EXTRAS[name]}")]
 
 CONSTRAINTS = str(ROOT / os.environ.get("VEILSPAN_CONSTRAINTS", "constraints/cpu.txt"))

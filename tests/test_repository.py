@@ -23,12 +23,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {
     "accounting": ROOT / "packages/dp-accounting",
     "core": ROOT / "packages/dp-core",
+    "kernels": ROOT / "packages/dp-kernels",
     "parallel": ROOT / "packages/dp-parallel",
     "trainer": ROOT / "apps/trainer",
 }
 MAY_IMPORT = {
     "accounting": set[str](),
     "core": set[str](),
+    "kernels": set[str](),
     "parallel": set[str](),
     "trainer": {"accounting", "core", "parallel"},
 }

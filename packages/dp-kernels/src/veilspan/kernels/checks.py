@@ -1,0 +1,94 @@
+"""Errors for arguments that a kernel must not see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of operands."""
+
+WIDE = (torch.float64, torch.float32)
+"""Dtypes in which sums, norms and factors are held."""
+
+
+def require_dtype(argument: str, tensor: Tensor, allowed: Sequence[torch.dtype] = FLOATS) -> None:
+    """Raise unless the dtype is allowed.
+
+    Raises:
+        ValueError: If it is not; names the argument, its dtype and what is allowed.
+    """
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise ValueError(
+            f"{argument} is {tensor.dtype}; it must be one of {names}. Convert it with .to(...)."
+        )
+
+
+def require_shape(argument: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
+    """Raise unless the shape is as given.
+
+    Args:
+        argument: Name to use in the error message.
+        tensor: What was passed.
+        shape: Length of each dimension, or its letter where any length will do.
+
+    Raises:
+        ValueError: If the shape differs.
+    """
+    fits = tensor.dim() == len(shape) and all(
+        isinstance(wanted, str) or wanted == found
+        for wanted, found in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(length) for length in shape)
+        raise ValueError(f"{argument} has shape {list(tensor.shape)}; it must be [{wanted}].")
+
+
+def require_together(**tensors: Tensor) -> None:
+    """Raise unless all tensors are plain ones on one device.
+
+    Raises:
+        ValueError: If one is a DTensor or lies elsewhere; names it and the first argument.
+    """
+    (first, reference), *_ = tensors.items()
+    for argument, tensor in tensors.items():
+        if hasattr(tensor, "to_local"):
+            raise ValueError(f"{argument} is a DTensor; pass its local shard, .to_local().")
+        if tensor.device != reference.device:
+            raise ValueError(
+                f"{argument} is on {tensor.device} and {first} on {reference.device}; all "
+                f"arguments must be on one device. Move it with .to({str(reference.device)!r})."
+            )
+
+
+def require_finite(argument: str, tensor: Tensor) -> None:
+    """Raise if an element is not finite.
+
+    On a GPU the check runs on the device: it costs no synchronisation, and CUDA reports the error
+    with the next call that waits.
+
+    Raises:
+        ValueError: If an element is not finite, on the CPU.
+    """
+    message = f"{argument} must be finite: a factor of NaN or infinity would spoil the whole sum."
+    if tensor.device.type == "cpu":
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{message} Set it to 0 to drop a sample.")
+    else:
+        torch.ops.aten._assert_async.msg(torch.isfinite(tensor).all(), message)
+
+
+def require_linear(act_BTI: Tensor, grad_BTO: Tensor) -> None:
+    """Raise unless these are the input and the output gradient of one linear map.
+
+    Raises:
+        ValueError: If a shape, a dtype or a device does not fit.
+    """
+    require_together(act_BTI=act_BTI, grad_BTO=grad_BTO)
+    require_dtype("act_BTI", act_BTI)
+    require_dtype("grad_BTO", grad_BTO)
+    require_shape("act_BTI", act_BTI, ("B", "T", "I"))
+    require_shape("grad_BTO", grad_BTO, (*act_BTI.shape[:2], "O"))

@@ -1,0 +1,1 @@
+"""One op per file: its kernel, its launcher, its custom operator, its PyTorch formulation."""
