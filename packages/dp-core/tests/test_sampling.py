@@ -257,6 +257,18 @@ def test_microbatches_hold_each_record_once_in_order(size):
     torch.from_numpy(parts[0])  # torch warns of arrays that cannot be written
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", [1, 3, 50])
+def test_pitfall_33_filled_microbatches_are_as_many_on_every_rank(ranks, size):
+    for draw in [*draws(300, 0.03, 20), Draw(step=0, records=np.array([], np.int64))]:
+        parts = [list(draw.filled_microbatches(size, rank, ranks)) for rank in range(ranks)]
+        assert len({len(of_rank) for of_rank in parts}) == 1
+        joined = [rows[real] for of_rank in parts for rows, real in of_rank]
+        assert np.array_equal(np.sort(np.concatenate([*joined, []])), draw.records)
+        assert all(rows.shape == real.shape == (size,) for p in parts for rows, real in p)
+        assert (len(parts[0]) == 0) == (len(draw) == 0)
+
+
 @pytest.mark.parametrize("size", [0, -1, 2.0, None])
 def test_a_microbatch_size_out_of_range_is_refused(size):
     with pytest.raises(ValueError, match="size"):

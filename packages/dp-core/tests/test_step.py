@@ -14,13 +14,16 @@ from torch.distributed.fsdp import fully_shard
 from veilspan.core import (
     Flat,
     GaussianNoise,
+    PerLayer,
     PrivacyError,
+    PrivateQuantile,
     PrivateStep,
     UnsupportedModelError,
     new_key,
 )
 from veilspan.core.reduction import LocalShards
 
+KEY = bytes(range(32))
 TAPPED = ["per_sample", "two_pass"]
 
 
@@ -46,6 +49,45 @@ def test_gradient_is_the_noisy_sum_over_the_expected_batch_size():
     step.detach()
     square_losses(model, x).sum().backward()
     assert torch.allclose(got, model.weight.grad / 10.0)
+
+
+@pytest.mark.parametrize("backward", ["per_sample", "bookkeeping", "two_pass", "per_layer"])
+@pytest.mark.parametrize("accumulate", ["fp32", "exact"])
+def test_rows_that_are_no_records_add_nothing_and_are_not_counted(backward, accumulate):
+    """Whatever they hold, also what is not finite."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 3)
+    x[1], x[3] = math.inf, 1e9
+    found = []
+    for rows, is_record in (
+        ([0, 1, 2, 3, 4], torch.tensor([True, False, True, False, True])),
+        ([0, 2, 4], None),
+    ):
+        torch.manual_seed(1)
+        model = nn.Linear(3, 2)
+        clipping = PerLayer(clip_norm=1.0, adaptive=PrivateQuantile())
+        step = PrivateStep(
+            model,
+            clipping=clipping,
+            noise_multiplier=1.0,
+            expected_batch_size=4.0,
+            backward=backward,
+            accumulate=accumulate,
+            noise=GaussianNoise(KEY),
+        )
+        with step:
+            step.backward(square_losses(model, x[rows]), is_record)
+        found.append((model.weight.grad, step.state_dict()))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-6)
+    assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("flags", [torch.ones(3), torch.ones(2, dtype=torch.bool)])
+def test_flags_that_do_not_fit_the_losses_are_refused(flags):
+    model = nn.Linear(3, 2)
+    step = attach(model)
+    with pytest.raises(PrivacyError, match="is_record_B is"), step:
+        step.backward(square_losses(model, torch.randn(3, 3)), flags)
 
 
 @pytest.mark.parametrize("size", [0, 1, 5, 12])

@@ -25,6 +25,7 @@ class Attachment:
         owned: Trainable parameters by name.
         modules: Modules to tap, each with a rule; empty when the strategy needs no taps.
         tapped: Name of the tapped strategy of a micro-batch of (records, tokens), or None.
+        begin: Called with the number of records when a micro-batch begins.
     """
 
     def __init__(
@@ -34,11 +35,13 @@ class Attachment:
         modules: Sequence[OwnedModule],
         *,
         tapped: Callable[[int, int], str | None],
+        begin: Callable[[int], None] | None = None,
     ) -> None:
         self.model = model
         self.owned = owned
         self.micro_batch: MicroBatch | None = None
         self._tapped = tapped
+        self._announce = begin
         self._active = False
         self._decided = False  # the model's own input has told the size of this micro-batch
         self._inference = 0
@@ -47,7 +50,8 @@ class Attachment:
         self._names = {id(p): name for name, p in owned.items()}
         self.sites = [self._patch(module) for module in modules]
         self._handles = [
-            model.register_forward_pre_hook(self._enter_model, with_kwargs=True),
+            # First of all hooks: before FSDP gathers parameters, ranks must agree to go on.
+            model.register_forward_pre_hook(self._enter_model, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._leave_model, always_call=True),
         ]
 
@@ -126,6 +130,8 @@ class Attachment:
         length = lead.shape[1] if lead.ndim > 1 else 1
         if self.micro_batch is not None and self.micro_batch.size == size:
             return  # a second forward pass of the same micro-batch
+        if self._announce is not None:
+            self._announce(size)
         strategy = self._tapped(size, length)
         if strategy is None:
             self.micro_batch = None

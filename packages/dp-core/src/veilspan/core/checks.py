@@ -13,7 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from veilspan.core.errors import PrivacyError, UnsupportedModelError
 from veilspan.core.groups import Clipping
-from veilspan.core.protocols import SequenceShards
+from veilspan.core.protocols import GradientReduction, SequenceShards, SplitModel
 
 
 def check_numbers(
@@ -46,14 +46,23 @@ def check_numbers(
 
 
 def refuse_mixed_gradients(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], shards: SequenceShards
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    shards: SequenceShards,
+    reduction: GradientReduction | None,
 ) -> None:
-    """Refuse what adds up gradients of different records before they are clipped.
+    """Refuse what adds up gradients of different records before they are clipped, or never.
 
     Raises:
+        ValueError: If ranks with other records split the model, and nothing adds up their counts.
         UnsupportedModelError: Naming a wrapper that averages over ranks, or a parameter that is
             split while each rank has whole sequences.
     """
+    if isinstance(shards, SplitModel) and reduction is None:
+        raise ValueError(
+            "reduction is None, but ranks with other records split the model; pass "
+            "reduction=veilspan.parallel.ReplicaReduction(mesh)."
+        )
     for name, module in model.named_modules():
         if isinstance(module, DataParallel | DistributedDataParallel | FullyShardedDataParallel):
             raise UnsupportedModelError(
@@ -63,18 +72,23 @@ def refuse_mixed_gradients(
             )
     for name, parameter in parameters.items():
         held = shards.local(parameter.detach()).shape  # refuses what it cannot place
-        if shards.degree == 1 and held != parameter.shape:
+        in_parts = shards.degree > 1 or isinstance(shards, SplitModel)
+        if not in_parts and held != parameter.shape:
             raise UnsupportedModelError(
                 f"Parameter '{name}' of shape {tuple(parameter.shape)} is split over ranks, of "
                 f"which this one holds {tuple(held)}, but each rank has whole sequences of its "
-                "own: FSDP would add up gradients of different records before they are clipped, "
-                "and no strategy adds up clipped sums in parts. Shard over ranks that hold one "
-                "sequence together, as veilspan.parallel.shard_model does."
+                "own: FSDP would add up gradients of different records before they are clipped. "
+                "Pass shards=veilspan.parallel.ReplicaShards(mesh), which adds up clipped sums; or "
+                "shard over ranks that hold one sequence together."
             )
 
 
-def check_losses(losses_B: Tensor) -> None:
+def check_losses(losses_B: Tensor, size: int | None = None) -> None:
     """Refuse anything but one differentiable loss per record.
+
+    Args:
+        losses_B: What the caller gave.
+        size: Records in the model's input, where it is known.
 
     Raises:
         PrivacyError: Naming what was given and the way out.
@@ -90,10 +104,43 @@ def check_losses(losses_B: Tensor) -> None:
             "mean hides who contributed what. For a language model use "
             "veilspan.core.losses.causal_lm_losses(logits, labels)."
         )
+    if size is not None and len(losses_B) not in (0, size):
+        raise PrivacyError(
+            f"losses_B holds {len(losses_B)} losses, but the model's input holds {size} records. "
+            "Return one loss per record (mean or sum over that record's own tokens)."
+        )
     if len(losses_B) and not losses_B.requires_grad:
         raise PrivacyError(
             "losses_B does not require grad: the model ran under torch.no_grad(), or no trainable "
             "parameter takes part in the loss."
+        )
+
+
+def records_only(losses_B: Tensor, is_record_B: Tensor) -> Tensor:
+    """Return the losses with those of rows that only fill the micro-batch set to 0.
+
+    Raises:
+        PrivacyError: If `is_record_B` is not one truth value per loss.
+    """
+    if is_record_B.dtype != torch.bool or is_record_B.shape != losses_B.shape:
+        raise PrivacyError(
+            f"is_record_B is {is_record_B.dtype} of shape {tuple(is_record_B.shape)}; it must be "
+            f"torch.bool of shape {tuple(losses_B.shape)}: whether a row is a record of the draw."
+        )
+    return torch.where(is_record_B.to(losses_B.device), losses_B, 0.0)
+
+
+def require_agreement(shards: SequenceShards, value: int) -> None:
+    """Refuse to go on where ranks that split a model do different things.
+
+    Raises:
+        PrivacyError: On every rank, if `value` is not the same on all of them.
+    """
+    if isinstance(shards, SplitModel) and not shards.agree(value):
+        raise PrivacyError(
+            "The ranks that split the model do not run the same micro-batches: another rank has a "
+            "micro-batch more, of another size, or reached other layers. Give every rank the same "
+            "number of micro-batches of the same size, as Draw.filled_microbatches does."
         )
 
 

@@ -54,6 +54,11 @@ class Groups:
         """√ΣC_m², the L2 sensitivity of the clipped sum under adding or removing one record."""
         return math.hypot(*self.clip_norms)
 
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Threshold C_m of each group by its name."""
+        return dict(zip(self.names, self.clip_norms, strict=True))
+
     def members(self, group: int) -> list[str]:
         """Return the names of the parameters of one group."""
         return [name for name, position in self.index.items() if position == group]

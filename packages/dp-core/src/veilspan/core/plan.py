@@ -21,6 +21,7 @@ from veilspan.core.cost import (
 )
 from veilspan.core.errors import UnsupportedModelError
 from veilspan.core.groups import Groups
+from veilspan.core.protocols import SequenceShards, SplitModel
 from veilspan.core.rates import DeviceRates
 from veilspan.core.rules import RecordsAlone
 from veilspan.core.rules.linear import LinearRule
@@ -29,6 +30,7 @@ from veilspan.core.survey import OwnedModule, trainable_parameters
 _log = logging.getLogger("veilspan.core")
 
 NORM_METHODS = ("direct", "gram")
+_IN_PARTS = ("bookkeeping", "per_layer")
 
 
 @dataclass(kw_only=True)
@@ -44,6 +46,7 @@ class StrategyPlan:
         rates: The device, as the cost model sees it.
         memory: Bytes that a strategy may use beyond an ordinary backward pass.
         memory_is_given: Whether the caller set that limit; else it is what seemed to be free.
+        split: Whether ranks with other records split the model.
     """
 
     backward: str
@@ -54,16 +57,19 @@ class StrategyPlan:
     rates: DeviceRates
     memory: float
     memory_is_given: bool = False
+    split: bool = False
     chosen: dict[tuple[int, int], Choice] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         allowed = ("auto", *STRATEGIES)
         if self.backward not in allowed:
             raise ValueError(f"backward is {self.backward!r}; it must be one of {allowed}.")
-        if self.norms not in ("auto", *NORM_METHODS):
-            allowed = ("auto", *NORM_METHODS)
+        allowed = ("auto", *NORM_METHODS)
+        if self.norms not in allowed:
             raise ValueError(f"norms is {self.norms!r}; it must be one of {allowed}.")
-        if self.backward != "auto" and STRATEGIES[self.backward].tapped:
+        if self.split:
+            self._require_sums_in_parts()
+        if self.split or (self.backward != "auto" and STRATEGIES[self.backward].tapped):
             self._require_taps()
         if self.backward == "per_layer" and not self.shape.layered:
             raise ValueError(
@@ -152,6 +158,9 @@ class StrategyPlan:
     def _decide(self, size: int, length: int) -> Choice:
         if self.backward != "auto":
             return Choice(name=self.backward, reason="chosen by the caller")
+        if self.split:  # one choice for every shape, so that ranks cannot differ
+            name = "per_layer" if self.shape.layered else "bookkeeping"
+            return Choice(name=name, reason="the model is split over ranks with other records")
         obstacle = self._obstacle()
         if obstacle is not None:
             return Choice(name="single_sample", reason=obstacle)
@@ -167,7 +176,7 @@ class StrategyPlan:
                 "tied parameters, and modules whose records run alone, keep a gradient per record. "
                 "Give memory_budget at least that, or use smaller micro-batches."
             )
-        reason = f"takes the least memory; {self.memory / 2**20:.0f} MiB were thought to be free"
+        reason = f"takes least memory; {self.memory / 2**20:.0f} MiB were thought to be free"
         return Choice(name=least.name, reason=reason, forecasts=tuple(forecasts))
 
     def _obstacle(self) -> str | None:
@@ -178,6 +187,25 @@ class StrategyPlan:
         if bare is not None:
             return f"'{bare.name}' has positions first (batch_first=False)"
         return None
+
+    def _require_sums_in_parts(self) -> None:
+        """Refuse what cannot add up clipped sums parameter by parameter.
+
+        Raises:
+            UnsupportedModelError: Naming the strategy or the module, and the way out.
+        """
+        if self.backward not in ("auto", *_IN_PARTS):
+            raise UnsupportedModelError(
+                f"backward is {self.backward!r}, but the model is split over ranks with other "
+                f"records. Use one of {_IN_PARTS}, which add up clipped sums in parts, or 'auto'."
+            )
+        for owned in self.modules:
+            if isinstance(owned.rule, RecordsAlone):
+                raise UnsupportedModelError(
+                    f"Module '{owned.name}' ({type(owned.module).__name__}) runs its records one "
+                    "at a time, but its parameters are split over ranks with other records. Freeze "
+                    "it, register_rule for its type, or keep the model whole on each rank."
+                )
 
     def _require_taps(self) -> None:
         """Refuse a tapped strategy on a model that has an untappable module.
@@ -223,7 +251,11 @@ class Wishes:
 
 
 def plan_for(
-    model: nn.Module, modules: Sequence[OwnedModule], groups: Groups, wishes: Wishes, degree: int
+    model: nn.Module,
+    modules: Sequence[OwnedModule],
+    groups: Groups,
+    wishes: Wishes,
+    shards: SequenceShards,
 ) -> StrategyPlan:
     """Return the plan of `model` on the device that holds its parameters."""
     names = {id(p): name for name, p in trainable_parameters(model).items()}
@@ -233,7 +265,8 @@ def plan_for(
         backward=wishes.backward,
         norms=wishes.norms,
         modules=modules,
-        degree=degree,
+        degree=shards.degree,
+        split=isinstance(shards, SplitModel),
         shape=replace(_shape(groups, modules, names), frozen=_frozen(model)),
         rates=rates,
         memory=rates.free_bytes if wishes.memory_budget is None else wishes.memory_budget,

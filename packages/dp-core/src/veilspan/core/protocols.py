@@ -7,7 +7,7 @@ features. A name that ends in `_B` is per-sample and therefore secret.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -65,6 +65,27 @@ class SequenceShards(Protocol):
 
     def restore(self, parameter: Tensor, local: Tensor) -> Tensor:
         """Return `local` in the form that `parameter.grad` must have; inverse of `local`."""
+        ...
+
+
+@runtime_checkable
+class SplitModel(SequenceShards, Protocol):
+    """Shards of a model that is split over ranks with different records, whole sequences each.
+
+    No gradient may be summed over these ranks before it is clipped. Clipped sums are: parameter by
+    parameter, each rank keeping the part that it owns.
+    """
+
+    def scatter(self, parameter: Tensor, total: Tensor) -> Callable[[], Tensor]:
+        """Begin to sum `total`, the shape of the whole parameter, over the ranks.
+
+        Every rank calls it for the same parameters in the same order. The function returned waits
+        for the part owned here.
+        """
+        ...
+
+    def agree(self, value: int) -> bool:
+        """Return whether every rank gave the same value; each must call it."""
         ...
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from veilspan.core.adaptive import PrivateQuantile
+from veilspan.core.errors import PrivacyError
 from veilspan.core.groups import Groups
 from veilspan.core.protocols import NoiseSource
 
@@ -34,6 +36,21 @@ class Release:
     expected_batch_size: float
     gradient_noise_multiplier: float
     count_stddev: float | None = None
+
+
+def with_thresholds(groups: Groups, thresholds: Mapping[str, float]) -> Groups:
+    """Return the same groups with the thresholds of an earlier step, by name.
+
+    Raises:
+        PrivacyError: If the names are not those of the groups.
+    """
+    if set(thresholds) != set(groups.names):
+        raise PrivacyError(
+            f"The state does not fit: it holds thresholds of the groups {sorted(thresholds)}, this "
+            f"step has {sorted(groups.names)}. Build PrivateStep with the clipping of the run that "
+            "saved it."
+        )
+    return replace(groups, clip_norms=tuple(float(thresholds[name]) for name in groups.names))
 
 
 class GaussianMechanism:

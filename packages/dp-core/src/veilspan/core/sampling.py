@@ -62,6 +62,33 @@ class Draw:
         size = check_count("size", size, least=1)
         return (self.records[i : i + size].copy() for i in range(0, len(self), size))
 
+    def filled_microbatches(
+        self, size: int, rank: int, ranks: int
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
+        """Yield the micro-batches of one rank: as many on every rank, each of `size` rows.
+
+        For ranks that must run alike, as FSDP demands of those that split a model, and for
+        compiled code that wants one shape.
+
+        Args:
+            size: Rows of a micro-batch.
+            rank: Index of the rank, 0 … ranks - 1.
+            ranks: Number of ranks; together they hold each record exactly once.
+
+        Yields:
+            Record ids, int64, `[size]`, with whether each is a record of this rank's share: rows
+            where it is not hold record 0 to fill the batch. Hand the flags to
+            `PrivateStep.backward`.
+        """
+        size = check_count("size", size, least=1)
+        mine = self.share(rank, ranks).records
+        longest = -(-len(self) // ranks)
+        for begin in range(0, longest, size):
+            part = mine[begin : begin + size]
+            rows = np.zeros(size, dtype=np.int64)
+            rows[: len(part)] = part
+            yield rows, np.arange(size) < len(part)
+
     def share(self, rank: int, ranks: int) -> Draw:
         """Return the part of replica `rank`: every `ranks`-th record, sizes within one.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from veilspan.core.attachment import Attachment
 from veilspan.core.backward import Workspace, run_micro_batch
 from veilspan.core.backward.reach import reaches_its_record_alone
-from veilspan.core.checks import check_losses, check_numbers, refuse_mixed_gradients
+from veilspan.core.checks import (
+    check_losses,
+    check_numbers,
+    records_only,
+    refuse_mixed_gradients,
+    require_agreement,
+)
 from veilspan.core.errors import PrivacyError
 from veilspan.core.groups import Clipping
 from veilspan.core.noise import GaussianNoise, new_key
@@ -22,7 +28,7 @@ from veilspan.core.norms import BlockedKernel
 from veilspan.core.plan import Wishes, plan_for
 from veilspan.core.protocols import GradientReduction, NoiseSource, NormKernel, SequenceShards
 from veilspan.core.reduction import LocalShards, NoReduction
-from veilspan.core.release import GaussianMechanism, Release
+from veilspan.core.release import GaussianMechanism, Release, with_thresholds
 from veilspan.core.sums import ClippedSum, accumulator_named
 from veilspan.core.survey import owned_modules, refuse_cross_sample_layers, trainable_parameters
 
@@ -116,17 +122,21 @@ class PrivateStep:
         self._reduction = reduction or NoReduction()
         self._on_release = on_release
         owned = trainable_parameters(model)
-        refuse_mixed_gradients(model, owned, self._shards)
+        refuse_mixed_gradients(model, owned, self._shards, reduction)
         may_tap = backward != "single_sample" and self._shards.degree == 1
         modules = list(owned_modules(model, (kernel or BlockedKernel()) if may_tap else None))
         groups = clipping.resolve({name: p.numel() for name, p in owned.items()})
         wishes = Wishes(backward=backward, norms=norms, memory_budget=memory_budget)
-        self._plan = plan_for(model, modules, groups, wishes, self._shards.degree)
+        self._plan = plan_for(model, modules, groups, wishes, self._shards)
         accumulator = accumulator_named(
             accumulate, clip_norm=clipping.clip_norm, expected_batch_size=expected_batch_size
         )
         self._attachment = Attachment(
-            model, owned, modules if self._plan.may_tap else (), tapped=self._plan.tapped
+            model,
+            owned,
+            modules if self._plan.may_tap else (),
+            tapped=self._plan.tapped,
+            begin=partial(require_agreement, self._shards),
         )
         self._work = Workspace(
             attachment=self._attachment,
@@ -169,12 +179,14 @@ class PrivateStep:
         if kind is not None:
             self._discard()
 
-    def backward(self, losses_B: Tensor) -> None:
+    def backward(self, losses_B: Tensor, is_record_B: Tensor | None = None) -> None:
         """Add the clipped gradients of one micro-batch to the logical batch.
 
         Args:
             losses_B: One loss per record, `[B]`, floating point; B may be 0. Under context
                 parallelism this rank's share of each loss.
+            is_record_B: Which rows are records of the draw, `[B]`, bool; the others fill the
+                micro-batch, add exactly nothing, and are not counted. None for all of them.
 
         Raises:
             PrivacyError: If called outside of `with step:`, if the losses are not one per record,
@@ -183,19 +195,16 @@ class PrivateStep:
         """
         if not self._entered:
             raise PrivacyError(
-                "step.backward was called outside of `with step:`. One block is one logical batch: "
-                "one noise draw, one release."
+                "step.backward was called outside of `with step:`; one block is one logical batch."
             )
-        check_losses(losses_B)
+        batch = self._attachment.micro_batch
+        check_losses(losses_B, batch.size if batch else None)
+        if is_record_B is not None:
+            losses_B = records_only(losses_B, is_record_B)
         if len(losses_B) == 0:
             self._attachment.end_micro_batch()
             return
-        batch = self._attachment.micro_batch
-        if batch is not None and batch.size != len(losses_B):
-            raise PrivacyError(
-                f"losses_B holds {len(losses_B)} losses, but the model's input holds {batch.size} "
-                "records. Return one loss per record (mean or sum over that record's own tokens)."
-            )
+        self._work.is_record_B = is_record_B
         try:
             run_micro_batch(self._work, losses_B)
         except BaseException:
@@ -256,8 +265,8 @@ class PrivateStep:
 
     def explain(self) -> str:
         """Return the strategies in use, with the reasons, and the path of each trainable module."""
-        lengths = {site.name: math.prod(site.last_shape[1:-1]) for site in self._attachment.sites}
-        return self._plan.table(lengths)
+        shapes = {site.name: site.last_shape for site in self._attachment.sites}
+        return self._plan.table({name: math.prod(shape[1:-1]) for name, shape in shapes.items()})
 
     def detach(self) -> None:
         """Undo every patch: the model is the user's own again."""
@@ -267,9 +276,7 @@ class PrivateStep:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a restart needs: the next step and the thresholds; nothing is secret."""
-        groups = self._work.groups
-        thresholds = dict(zip(groups.names, groups.clip_norms, strict=True))
-        return {"next_step": self.next_step, "clip_norms": thresholds}
+        return {"next_step": self.next_step, "clip_norms": self._work.groups.thresholds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken.
@@ -277,16 +284,10 @@ class PrivateStep:
         Raises:
             PrivacyError: If the step is inside a `with` block, or the groups are not the same.
         """
-        names = self._work.groups.names
-        if self._entered or set(state["clip_norms"]) != set(names):
-            raise PrivacyError(
-                "The state does not fit: it holds thresholds of the groups "
-                f"{sorted(state['clip_norms'])}, this step has {sorted(names)}. Build PrivateStep "
-                "with the clipping of the run that saved it, and load outside of `with step:`."
-            )
+        if self._entered:
+            raise PrivacyError("load_state_dict was called inside of `with step:`; leave it first.")
+        self._work.groups = with_thresholds(self._work.groups, state["clip_norms"])
         self.next_step = int(state["next_step"])
-        clip_norms = tuple(float(state["clip_norms"][name]) for name in names)
-        self._work.groups = replace(self._work.groups, clip_norms=clip_norms)
 
     def _begin(self) -> None:
         work, groups = self._work, self._work.groups
@@ -299,6 +300,7 @@ class PrivateStep:
     def _release(self) -> None:
         """Announce, add noise, divide; then let adaptive thresholds move for the next batch."""
         work = self._work
+        require_agreement(self._shards, -1 - work.sums.order)  # no size of a micro-batch
         work.sums.reduce(self._reduction, [] if work.within_M is None else [work.within_M])
         release = self._mechanism.announce(self.next_step, work.groups)
         if self._on_release is not None:

@@ -7,13 +7,15 @@ integers, so that no order and no sharding changes a bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import zlib
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, final
 
 import torch
 from torch import Tensor, nn
 
-from veilspan.core.protocols import GradientReduction, SequenceShards
+from veilspan.core.protocols import GradientReduction, SequenceShards, SplitModel
 
 
 class Accumulator(Protocol):
@@ -113,6 +115,12 @@ class ClippedSum:
         self._accumulator = accumulator
         self._sums: dict[str, Tensor] = {}
         self._clip_norms: dict[str, float] = {}
+        # Of a model that is split over ranks with other records: sums of the parts owned here,
+        # parts that are on their way, and a checksum of the order in which they were sent.
+        self._split = shards if isinstance(shards, SplitModel) else None
+        self._parts: dict[str, Tensor] = {}
+        self._under_way: deque[tuple[str, Callable[[], Tensor]]] = deque()
+        self.order = 0
 
     @property
     def sample_by_sample(self) -> bool:
@@ -125,7 +133,7 @@ class ClippedSum:
 
     def begin(self, clip_norms: Mapping[str, float]) -> None:
         """Begin a logical batch under these thresholds, by parameter name."""
-        self._sums.clear()
+        self.discard()
         self._clip_norms = dict(clip_norms)
 
     def add_(self, name: str, gradient: Tensor, factor: float = 1.0) -> None:
@@ -159,16 +167,46 @@ class ClippedSum:
         flat_Bn = grad_Bx.reshape(len(grad_Bx), total.numel())
         total.view(-1).addmv_(flat_Bn.mT, factor_B.to(total.dtype))
 
+    def settle(self, name: str) -> None:
+        """Give each rank its part of what this micro-batch added to a parameter of a split model.
+
+        At most one other parameter's whole sum is in memory meanwhile.
+        """
+        if self._split is None:
+            return
+        parameter = self._parameters[name]
+        local = self._shards.local(parameter.detach())
+        total = self._total(name, parameter.shape, local)
+        del self._sums[name]
+        self._under_way.append((name, self._split.scatter(parameter, total)))
+        self.order = zlib.crc32(name.encode(), self.order)
+        while len(self._under_way) > 1:
+            self._arrive()
+
+    def _arrive(self) -> None:
+        name, wait = self._under_way.popleft()
+        if name in self._parts:
+            self._parts[name] += wait()
+        else:
+            self._parts[name] = wait()
+
     def discard(self) -> None:
         """Forget every contribution."""
-        self._sums.clear()
+        for held in (self._sums, self._parts, self._under_way):
+            held.clear()
+        self.order = 0
 
     def reduce(self, reduction: GradientReduction, extra: Sequence[Tensor] = ()) -> None:
         """Sum over replicas, in the units of the accumulators, together with `extra`."""
+        while self._under_way:
+            self._arrive()
+        self._sums.update(self._parts)
         for name, parameter in self._parameters.items():
             local = self._shards.local(parameter.detach())
             self._total(name, local.shape, local)
-        reduction.sum_([*(self._sums[name] for name in self._parameters), *extra])
+        # Replicas that split the model have added up their sums already.
+        sums = [] if self._split else [self._sums[name] for name in self._parameters]
+        reduction.sum_([*sums, *extra])
 
     def take(self, name: str) -> Tensor:
         """Return the sum of one parameter in fp32 or fp64, and forget it."""

@@ -8,7 +8,7 @@ from veilspan.parallel.mesh import ParallelMesh, build_mesh
 from veilspan.parallel.model import shard_model
 from veilspan.parallel.processes import broadcast_bytes, finish
 from veilspan.parallel.replicas import ReplicaReduction
-from veilspan.parallel.shards import ContextShards
+from veilspan.parallel.shards import ContextShards, ReplicaShards
 from veilspan.parallel.support import check_model
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Layout",
     "ParallelMesh",
     "ReplicaReduction",
+    "ReplicaShards",
     "ShardedBatch",
     "broadcast_bytes",
     "build_mesh",

@@ -61,6 +61,11 @@ class ParallelMesh:
         return self._grid()["context"]
 
     @property
+    def replicate_mesh(self) -> DeviceMesh:
+        """One-dimensional mesh of the copies of the model."""
+        return self._grid()["replicate"]
+
+    @property
     def context_group(self) -> dist.ProcessGroup:
         """Process group of the `context` axis."""
         return self._grid().get_group("context")

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +18,7 @@ from veilspan.parallel.blocks import decoder_blocks
 from veilspan.parallel.huggingface import ATTENTION_NAME
 from veilspan.parallel.mesh import ParallelMesh
 
+Axis = Literal["context", "replicate"]
 Checkpointing = Literal["none", "full"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -26,6 +28,7 @@ def shard_model(
     model: ModelT,
     mesh: ParallelMesh,
     *,
+    axis: Axis = "context",
     checkpointing: Checkpointing = "none",
     param_dtype: torch.dtype | None = None,
 ) -> ModelT:
@@ -33,33 +36,37 @@ def shard_model(
 
     In this order: every rank takes over rank 0's parameters and buffers; each decoder block is
     recomputed in the backward pass if asked for; FSDP2 splits each block, then what remains, over
-    the `context` axis. Gradients are summed over that axis, never averaged: each rank's loss is its
-    share of the record's loss. Names of modules and parameters stay as they were. With a context
-    degree of 1 nothing is split.
+    one axis of the mesh. Gradients are summed over that axis, never averaged: each rank's loss is
+    its share of the record's loss. Names of modules and parameters stay as they were. Where the
+    axis has one rank nothing is split.
 
     Call it before the model is handed to `PrivateStep` and to the optimizer.
 
     Args:
         model: The same architecture on every rank, parameters on `mesh.device`.
         mesh: The processes.
+        axis: `"context"` splits the model over ranks that hold one sequence together; `"replicate"`
+            over ranks with different records, for `ReplicaShards`.
         checkpointing: `"full"` keeps only the input of each block and computes the rest again in
             the backward pass; `"none"` keeps everything.
         param_dtype: Compute dtype, for example `torch.bfloat16`, while parameters, reductions and
-            gradients keep theirs; None computes in the parameters' own dtype. With a context degree
-            of 1 it is applied by autocast.
+            gradients keep theirs; None computes in the parameters' own dtype. Where nothing is
+            split it is applied by autocast.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: If `checkpointing` is unknown, the decoder blocks cannot be found or share
-            parameters, a parameter is on the meta device or already split, or `param_dtype` is not
-            a floating dtype.
+        ValueError: If `axis` or `checkpointing` is unknown, the decoder blocks cannot be found or
+            share parameters, a parameter is on the meta device or already split, or `param_dtype`
+            is not a floating dtype.
 
     Guarantee:
         All ranks start from bitwise equal parameters, so replicas that apply equal updates stay
         equal.
     """
+    if axis not in get_args(Axis):
+        raise ValueError(f"axis is {axis!r}; it must be one of {list(get_args(Axis))}.")
     if checkpointing not in get_args(Checkpointing):
         raise ValueError(
             f"checkpointing is {checkpointing!r}; it must be one of "
@@ -74,8 +81,10 @@ def shard_model(
         for block in blocks:
             # FSDP2's hooks are on the call, outside of forward: a second run finds all parameters.
             _wrap_forward(block, _checkpointed)
-    if mesh.context_degree > 1:
-        _split(model, blocks, mesh, param_dtype)
+    over = mesh.context_degree if axis == "context" else mesh.replicate_degree
+    if over > 1:
+        split = mesh.context_mesh if axis == "context" else mesh.replicate_mesh
+        _split(model, blocks, split, param_dtype)
     elif param_dtype is not None:
         _wrap_forward(model, partial(_autocast, mesh.device_type, param_dtype))
     _refuse_padding_masks(model)
@@ -139,7 +148,7 @@ def _autocast(
 
 
 def _split(
-    model: nn.Module, blocks: nn.ModuleList, mesh: ParallelMesh, param_dtype: torch.dtype | None
+    model: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh, param_dtype: torch.dtype | None
 ) -> None:
     narrow = any(p.element_size() < 4 for p in model.parameters() if p.requires_grad)
     policy = MixedPrecisionPolicy(
@@ -150,7 +159,7 @@ def _split(
     for module in (*blocks, model):
         # The root too frees what it gathered: between passes the model always shows its shards,
         # also after an evaluation or a forward pass that no backward pass follows.
-        fully_shard(module, mesh=mesh.context_mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

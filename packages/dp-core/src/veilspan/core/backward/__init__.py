@@ -11,6 +11,7 @@ from veilspan.core.backward.reach import reaches_its_record_alone
 from veilspan.core.backward.single_sample import SingleSample
 from veilspan.core.backward.two_pass import TwoPass
 from veilspan.core.checks import second_pass_explained
+from veilspan.core.protocols import SplitModel
 
 __all__ = ["STRATEGIES", "Backward", "Workspace", "run_micro_batch"]
 
@@ -22,8 +23,11 @@ STRATEGIES: dict[str, Backward] = {
 
 def run_micro_batch(work: Workspace, losses_B: Tensor) -> None:
     """Probe the first micro-batch of several records, then run the strategy of this one."""
-    batch = work.attachment.micro_batch
+    batch, shards = work.attachment.micro_batch, work.shards
     with second_pass_explained():
         if not work.separable:
-            work.separable = reaches_its_record_alone(work.attachment, losses_B)
+            seen = reaches_its_record_alone(work.attachment, losses_B)
+            # Ranks that split a model probe together, or one would wait for the others.
+            split = isinstance(shards, SplitModel)
+            work.separable = (not split or shards.agree(int(seen))) and seen
         STRATEGIES[batch.strategy if batch else "single_sample"].run(work, losses_B)

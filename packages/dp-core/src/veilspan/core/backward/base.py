@@ -39,6 +39,7 @@ class Workspace:
         buffers: Memory for per-sample gradients.
         within_M: Σ_b (1[norm ≤ C_m] - 1/2) of each group, fp64, where thresholds are adaptive.
         separable: Whether a probe has seen that a loss reaches its own record alone.
+        is_record_B: Which rows of this micro-batch are records; None for all of them.
     """
 
     attachment: Attachment
@@ -49,6 +50,7 @@ class Workspace:
     buffers: SampleBuffers = field(default_factory=SampleBuffers)
     within_M: Tensor | None = None
     separable: bool = False
+    is_record_B: Tensor | None = None
 
     @property
     def owned(self) -> Mapping[str, nn.Parameter]:
@@ -60,18 +62,24 @@ class Workspace:
         exact = all(p.dtype == torch.float64 for p in self.owned.values())
         return 2.0**-42 if exact else fp32
 
-    def factors(self, group: int, sq_norm_B: Tensor, *, slack: float) -> Tensor:
+    def factors(self, group: int, sq_norm_B: Tensor, *, slack: float, first: int = 0) -> Tensor:
         """Return the factor of each sample in one group; once per sample and group.
 
         Args:
             group: Position of the group.
             sq_norm_B: Squared norms within the group, `[B]`, fp64.
             slack: Relative bound on the error of the norms.
+            first: Row of the micro-batch that `sq_norm_B` begins with.
         """
+        factor_B = self.groups.factors(group, sq_norm_B, slack=slack)
+        counted_B = torch.ones_like(sq_norm_B)
+        if self.is_record_B is not None:
+            counted_B = self.is_record_B[first : first + len(sq_norm_B)].to(sq_norm_B)
+            factor_B = torch.where(counted_B != 0, factor_B, 0.0)
         if self.within_M is not None:
             within_B = sq_norm_B <= self.groups.clip_norms[group] ** 2  # False for NaN
-            self.within_M[group] += (within_B.double() - 0.5).sum()
-        return self.groups.factors(group, sq_norm_B, slack=slack)
+            self.within_M[group] += ((within_B.double() - 0.5) * counted_B).sum()
+        return factor_B
 
     def all_factors(self, sq_norm_MB: Tensor, *, slack: float) -> Tensor:
         """Return the factors of every group, `[M, B]` fp64."""

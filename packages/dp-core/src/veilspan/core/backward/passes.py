@@ -153,7 +153,7 @@ class BookPass:
         self._work, self._batch = work, batch
         self._choose, self._slack, self._formed = choose, slack, formed
         self._shared = Samples(work, batch.size)
-        self._open: dict[int, list[tuple[str, Contribution]]] = {}
+        self._open: dict[int, dict[str, Contribution]] = {}
         self._closed: set[int] = set()
         self._awaited: Counter[int] = Counter()
         for name, count in batch.uses.items():
@@ -182,27 +182,29 @@ class BookPass:
                 self._close(group)
 
     def _enter(self, group: int, entries: list[tuple[str, Contribution]]) -> None:
-        book = self._open.setdefault(group, [])
+        book = self._open.setdefault(group, {})
         for name, part in entries:
             if self._batch.uses[name] > 1:
                 self._shared.add(name, part)
             else:
-                book.append((name, part))
+                book[name] = part
 
     def _close(self, group: int) -> None:
-        book = self._open.pop(group, [])
+        book = self._open.pop(group, {})
         shared = [n for n in self._shared.names() if self._work.groups.index[n] == group]
         sq_norm_B = self._zeros()
-        for _, part in book:
+        for part in book.values():
             sq_norm_B += part.sq_norms(self._choose)
         for name in shared:
             sq_norm_B += self._shared.sq_norms(name)
         factor_B = self._work.factors(group, sq_norm_B, slack=self._slack)
-        while book:
-            name, part = book.pop()
-            part.add_to(self._work.sums, name, factor_B)
-        for name in shared:
-            self._shared.flush(name, factor_B)
+        for name in self._work.groups.members(group):  # in one order on every rank
+            part = book.pop(name, None)
+            if part is not None:
+                part.add_to(self._work.sums, name, factor_B)
+            elif name in shared:
+                self._shared.flush(name, factor_B)
+            self._work.sums.settle(name)
         self._closed.add(group)
 
     def _clip_formed(
@@ -214,6 +216,8 @@ class BookPass:
             self._clip_together(group, entries)
         else:
             self._clip_each(group, entries)
+        for name in self._work.groups.members(group):
+            self._work.sums.settle(name)
         self._closed.add(group)
 
     def _clip_together(self, group: int, entries: list[tuple[str, Contribution]]) -> None:
@@ -227,7 +231,7 @@ class BookPass:
         for b in range(self._batch.size):
             formed = [(name, part.sample(b)) for name, part in entries]
             sq_norm = sum((g.sq_norm() for _, g in formed), start=self._zeros()[0])
-            factor_B = self._work.factors(group, sq_norm[None], slack=self._slack)
+            factor_B = self._work.factors(group, sq_norm[None], slack=self._slack, first=b)
             for name, gradient in formed:
                 gradient.add_to(self._work.sums, name, float(factor_B))
 

@@ -15,6 +15,7 @@ from veilspan.core.rules.convolution import convolution_rule
 from veilspan.core.rules.embedding import embedding_rule
 from veilspan.core.rules.linear import linear_rule
 from veilspan.core.rules.norm import norm_rule
+from veilspan.core.rules.probe import whole_parameters
 
 __all__ = ["RecordsAlone", "Rule", "affine_rule", "find_rule", "register_rule"]
 
@@ -85,7 +86,8 @@ def find_rule(name: str, module: nn.Module, kernel: NormKernel) -> Rule | Record
     # Patched, or with a weight that is computed from others: what its class computes says nothing.
     if "forward" in vars(module) or not own <= {"weight", "bias"}:
         return RecordsAlone()
-    return affine_rule(name, module, kernel) or convolution_rule(module) or RecordsAlone()
+    with whole_parameters(module):
+        return affine_rule(name, module, kernel) or convolution_rule(module) or RecordsAlone()
 
 
 def affine_rule(name: str, module: nn.Module, kernel: NormKernel) -> Rule | None:

@@ -6,7 +6,6 @@ gain is one: LayerNorm, RMSNorm and their Hugging Face relatives, Gemma's `1 + w
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from veilspan.core.contributions import Contribution, RowSums
 from veilspan.core.norms import compute_dtype
-from veilspan.core.rules.probe import close, own_parameters, probe_input, run
+from veilspan.core.rules.probe import close, own_parameters, probe_input, run, shallow_copy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +90,7 @@ def _is_affine(module: nn.Module, inputs: Tensor, gain: Tensor, offset: float) -
 
 
 def _twin(module: nn.Module, parameters: dict[str, Tensor], *, zero: bool) -> nn.Module:
-    twin = copy.copy(module)
-    twin.__dict__ = {k: v for k, v in module.__dict__.items() if k != "forward"}
+    twin = shallow_copy(module)
     if zero and "bias" in parameters:
         parameters["bias"] = torch.zeros_like(parameters["bias"])
     twin._parameters = cast(

@@ -2,8 +2,43 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+
+@contextmanager
+def whole_parameters(module: nn.Module) -> Iterator[None]:
+    """Let a module show its own parameters whole where ranks hold them in parts.
+
+    Every rank must enter with the same module at the same time.
+    """
+    kept = dict(module._parameters)
+    for name, parameter in kept.items():
+        if isinstance(parameter, DTensor):
+            with torch.no_grad():
+                full = parameter.full_tensor()
+            module._parameters[name] = nn.Parameter(full, requires_grad=parameter.requires_grad)
+    try:
+        yield
+    finally:
+        module._parameters.update(kept)
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """Return a copy that shares everything but a patched forward, and the hooks of FSDP."""
+    split = isinstance(module, FSDPModule)
+    kind = type(module).__mro__[2] if split else type(module)  # FSDP puts two classes before it
+    twin = object.__new__(kind)
+    twin.__dict__ = {k: v for k, v in module.__dict__.items() if k != "forward"}
+    if split:
+        twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return twin
 
 
 def own_parameters(module: nn.Module) -> dict[str, Tensor]:
@@ -24,7 +59,8 @@ def run(module: nn.Module, inputs: Tensor) -> Tensor | None:
     module.training = True  # what runs in training is what must match: dropout must show
     try:
         with torch.no_grad():
-            output = module(inputs)
+            # The hooks of FSDP would take a lone call for the first one of a whole model.
+            output = (module.forward if isinstance(module, FSDPModule) else module)(inputs)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError):
         return None
     finally:
