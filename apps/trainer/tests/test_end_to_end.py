@@ -46,13 +46,28 @@ print(out.shape[1] - ids.input_ids.shape[1])
 """
 
 
-@pytest.fixture(scope="module", params=["one", "two"])
+PARALLEL = {
+    "one": {},
+    "two": {"parallel__context": 2},
+    "split": {
+        "parallel__replicate": 2,
+        "parallel__shard": "replicate",
+        "privacy__groups": "layer",
+        "compute__checkpointing": "full",
+    },
+}
+
+
+@pytest.fixture(scope="module", params=list(PARALLEL))
 def finished(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, recipe_in: Callable
 ) -> Path:
-    """A finished run: on one process by a call, on two by the command line under torchrun."""
+    """A finished run: on one process by a call, on two by the command line under torchrun.
+
+    Two that hold each sequence together, and two that hold the model together.
+    """
     root = tmp_path_factory.mktemp(request.param)
-    recipe = recipe_in(root, parallel__context=1 if request.param == "one" else 2)
+    recipe = recipe_in(root, **PARALLEL[request.param])
     if request.param == "one":
         return train(recipe)
     path = root / "recipe.toml"
@@ -127,10 +142,13 @@ def test_the_heldout_loss_is_the_mean_over_all_tokens_however_they_are_split(
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("shard", ["context", "replicate"])
 def test_torchrun_restarts_a_crashed_run_on_its_own(
-    tmp_path: Path, run_workers: Callable, recipe_in: Callable
+    shard: str, tmp_path: Path, run_workers: Callable, recipe_in: Callable
 ) -> None:
-    recipe = recipe_in(tmp_path, parallel__replicate=2, run__checkpoint_every=3)
+    recipe = recipe_in(
+        tmp_path, parallel__replicate=2, parallel__shard=shard, run__checkpoint_every=3
+    )
     path = tmp_path / "recipe.toml"
     path.write_text(recipe.to_toml())
     run_workers("crash_once.py", path, 3, processes=2, restarts=1)

@@ -50,6 +50,21 @@ def write(path: Path, tree: dict[str, Any]) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"parallel": {"context": 2, "shard": "replicate"}}, "parallel.context is 2"),
+        (
+            {"parallel": {"shard": "replicate"}, "compute": {"backward": "per_sample"}},
+            'compute.backward is "per_sample"',
+        ),
+    ],
+)
+def test_a_model_is_split_over_copies_only_where_clipped_sums_can_be_scattered(sections, message):
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        make_recipe(changed(**sections))
+
+
 def test_defaults_are_filled_in_and_the_rest_is_kept():
     recipe = make_recipe(SMALL)
     assert recipe.privacy.steps == 10

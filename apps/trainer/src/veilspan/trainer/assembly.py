@@ -146,17 +146,11 @@ def private_step(
     """
     privacy = parts.recipe.privacy
     noise_key = processes.broadcast(new_key() if processes.is_first else None)
-    shards = reduction = None
-    if processes.mesh is not None:
-        from veilspan.parallel import ContextShards, ReplicaReduction
-
-        shards, reduction = ContextShards(processes.mesh), ReplicaReduction(processes.mesh)
     return PrivateStep(
         parts.model,
         **_mechanism(parts),
+        **_seams(parts.recipe, processes),
         noise=GaussianNoise(noise_key) if privacy.noise == "aes" else PhiloxNoise(noise_key),
-        shards=shards,
-        reduction=reduction,
         on_release=gate,
         first_step=first_step,
     )
@@ -199,9 +193,21 @@ def _mechanism(parts: Parts) -> dict[str, Any]:
     }
 
 
+def _seams(recipe: Recipe, processes: Processes) -> dict[str, Any]:
+    """Return who holds the rest of the model and of each unit, as arguments of `PrivateStep`."""
+    mesh = processes.mesh
+    if mesh is None:
+        return {}
+    from veilspan.parallel import ContextShards, ReplicaReduction, ReplicaShards
+
+    shards = ContextShards(mesh) if recipe.parallel.shard == "context" else ReplicaShards(mesh)
+    return {"shards": shards, "reduction": ReplicaReduction(mesh)}
+
+
 def _chosen(parts: Parts, processes: Processes) -> Microbatch:
     """Ask the cost model, through a step that is taken off again before anything is trained."""
-    recipe, step = parts.recipe, PrivateStep(parts.model, **_mechanism(parts))
+    recipe = parts.recipe
+    step = PrivateStep(parts.model, **_mechanism(parts), **_seams(recipe, processes))
     try:
         cost = count_cost(recipe, load_tokenizer(recipe))
         memory = memory_forecast(recipe, cost, microbatch_size=1)
@@ -245,12 +251,13 @@ def _place(model: nn.Module, recipe: Recipe, processes: Processes, losses: Seque
         shard_model(
             model,
             processes.mesh,
+            axis=recipe.parallel.shard,
             checkpointing=recipe.compute.checkpointing,
             param_dtype=torch.bfloat16 if low else None,
         )
     except ValueError as error:
         raise ModelError(
-            f"The model cannot be trained with parallel.context = {processes.context[1]}: {error}"
+            f"The model cannot be trained by {processes.size} processes: {error}"
         ) from error
 
 

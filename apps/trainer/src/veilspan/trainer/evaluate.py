@@ -37,11 +37,16 @@ def heldout_loss(
     replica, replicas = processes.replicas
     mine = range(replica, len(records), replicas)
     totals = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of predicted tokens
+    longest = -(-len(records) // replicas)
     with losses.sharing():
-        for start in range(0, len(mine), microbatch_size):
-            batch = collate(records, mine[start : start + microbatch_size])
-            totals[0] += losses.losses_B(model, batch, reduction="sum").double().sum().cpu()
-            totals[1] += (batch.labels[:, 1:] != IGNORE_INDEX).sum() / processes.context[1]
+        for start in range(0, longest, microbatch_size):
+            part = mine[start : start + microbatch_size]
+            # Copies that hold the model together run alike; whose share is done, fills in.
+            batch = collate(records, part or range(1))
+            losses_B = losses.losses_B(model, batch, reduction="sum")
+            if part:
+                totals[0] += losses_B.double().sum().cpu()
+                totals[1] += (batch.labels[:, 1:] != IGNORE_INDEX).sum() / processes.context[1]
     _split_again(model)
     model.train(training)
     loss, tokens = processes.sum(totals).tolist()

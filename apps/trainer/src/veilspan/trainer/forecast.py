@@ -98,21 +98,21 @@ def make_forecast(recipe: Recipe) -> Forecast:
 def memory_forecast(recipe: Recipe, cost: ModelCost, *, microbatch_size: int) -> dict[str, int]:
     """Return the bytes that one process needs, by purpose; tensors only.
 
-    Parameters and everything of their shape are split over the processes of one sequence, and so
-    are the tokens. Whole weights exist for one block at a time.
+    Parameters and everything of their shape are split over the processes that hold them together,
+    tokens over those of one sequence. Whole weights exist for one block at a time.
     """
-    ranks = recipe.parallel.context
-    state = 4 * cost.trainable // ranks  # float32, whatever the model's dtype
+    parts, ranks = recipe.shards, recipe.parallel.context
+    state = 4 * cost.trainable // parts  # float32, whatever the model's dtype
     sequences = microbatch_size
     memory = {
-        "parameters": cost.parameter_bytes // ranks,
+        "parameters": cost.parameter_bytes // parts,
         "gradients": state * (sequences if recipe.compute.backward == "per_sample" else 1),
         "clipped sums": state,
         "optimizer": 2 * state,
         "activations": sequences * _activations(recipe, cost) // ranks,
         "logits": 2 * sequences * cost.logits_bytes // ranks,  # with their gradient
     }
-    if ranks > 1:
+    if parts > 1:
         memory["whole block"] = 2 * cost.block_bytes  # weights and gradient
     return memory
 

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 
 from veilspan.accounting import BudgetExceeded, Ledger, LedgerError
@@ -215,17 +217,27 @@ def _step(run: Run, draw: Draw) -> None:
     parts, clock = run.parts, run.throughput
     settings = parts.recipe.optimizer
     set_learning_rate(run.optimizer, learning_rate(settings, draw.step, parts.plan.steps))
-    share, size = draw.share(*run.processes.replicas), parts.microbatch.size
     with run.step:
-        for units in share.microbatches(size):
+        for units, is_unit_B in _microbatches(run, draw):
             batch = collate(parts.records, units)
-            timed = clock.microbatch(batch.input_ids.numel(), full=len(units) == size)
+            full = len(units) == parts.microbatch.size
+            timed = clock.microbatch(batch.input_ids.numel(), full=full)
             with timed, parts.losses.sharing():
-                run.step.backward(parts.losses.losses_B(parts.model, batch))
+                run.step.backward(parts.losses.losses_B(parts.model, batch), is_unit_B)
         clock.begin_release()
     run.optimizer.step()
     run.optimizer.zero_grad()
     clock.end_release()
+
+
+def _microbatches(run: Run, draw: Draw) -> Iterator[tuple[NDArray[np.int64], torch.Tensor | None]]:
+    """Yield the units of this process, with which of them are of the draw; None for all."""
+    size, replicas = run.parts.microbatch.size, run.processes.replicas
+    if run.parts.recipe.parallel.shard == "context":
+        yield from ((units, None) for units in draw.share(*replicas).microbatches(size))
+    else:
+        for units, is_unit in draw.filled_microbatches(size, *replicas):
+            yield units, torch.from_numpy(is_unit)
 
 
 def _save(run: Run, finished: int) -> None:

@@ -109,5 +109,7 @@ def _processes_text(processes: Processes, recipe: Recipe) -> str:
     parts, copies = processes.context[1], processes.replicas[1]
     if processes.size == 1:
         return "1"
+    if recipe.parallel.shard == "replicate":
+        return f"{processes.size}, which hold one model together; each has units of its own"
     layout = f", {recipe.parallel.layout} layout" if parts > 1 else ""
     return f"{processes.size}: {copies} × {parts} (copies × parts of a sequence){layout}"

@@ -43,6 +43,7 @@ class Recipe(Section):
     def _sections_fit(self) -> Recipe:
         self._check_tokenizer()
         self._check_context()
+        self._check_shard()
         self._check_groups()
         if self.optimizer.warmup_steps > self.privacy.steps:
             raise ValueError(
@@ -82,6 +83,21 @@ class Recipe(Section):
                 f'{context} it must be "auto" or "single_sample"'
             )
 
+    def _check_shard(self) -> None:
+        context, backward = self.parallel.context, self.compute.backward
+        if self.parallel.shard == "context":
+            return
+        if context > 1:
+            raise ValueError(
+                f'parallel.shard is "replicate" and parallel.context is {context}; with sequences '
+                'that are split it must be "context". Set it, or parallel.context = 1'
+            )
+        if backward not in ("auto", "bookkeeping", "per_layer"):
+            raise ValueError(
+                f'compute.backward is "{backward}"; with parallel.shard = "replicate" it must be '
+                '"auto", "bookkeeping" or "per_layer", which add up clipped sums in parts'
+            )
+
     def _check_groups(self) -> None:
         groups = self.privacy.groups
         if self.compute.backward == "per_layer" and groups not in ("layer", "parameter"):
@@ -90,6 +106,12 @@ class Recipe(Section):
                 'clipped on its own only where privacy.groups is "layer" or "parameter". Set it, '
                 'or compute.backward = "auto"'
             )
+
+    @property
+    def shards(self) -> int:
+        """Number of processes that hold one copy of the parameters together."""
+        parallel = self.parallel
+        return parallel.context if parallel.shard == "context" else parallel.replicate
 
     @property
     def processes(self) -> int:

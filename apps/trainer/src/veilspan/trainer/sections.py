@@ -223,6 +223,11 @@ class Parallel(Section):
     replicate: int = Field(
         default=1, ge=1, description="Copies of that group, each with its own units."
     )
+    shard: Literal["context", "replicate"] = Field(
+        default="context",
+        description="Processes over which FSDP splits model, gradients and optimizer: those that "
+        "hold one sequence together, or, with whole sequences, the copies with units of their own.",
+    )
     layout: Literal["contiguous", "zigzag"] = Field(
         default="zigzag",
         description="Which positions a process holds; zigzag balances causal attention.",
