@@ -1,5 +1,6 @@
 """Triton kernels for per-sample norms, clipped sums and noise; PyTorch where Triton is not."""
 
 from veilspan.kernels.ops.accumulate import accumulate_, squared_norm
+from veilspan.kernels.ops.direct_norm import direct_norm
 
-__all__ = ["accumulate_", "squared_norm"]
+__all__ = ["accumulate_", "direct_norm", "squared_norm"]
