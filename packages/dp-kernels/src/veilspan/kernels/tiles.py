@@ -5,7 +5,9 @@ Ops that share these functions round alike: a norm is that of the bits that a su
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
 from typing import no_type_check
 
 import torch
@@ -16,6 +18,7 @@ from veilspan.kernels.launch import Compilation, Configuration, configuration, c
 
 __all__ = [
     "accumulator",
+    "exact_products",
     "operands",
     "plan",
     "product",
@@ -130,14 +133,32 @@ def product(act_nTI: Tensor, grad_nTo: Tensor) -> Tensor:
     """
     wide = accumulator(act_nTI, grad_nTo)
     device = act_nTI.device.type
-    with torch.autocast(device, enabled=False):  # autocast would round fp32 operands to bf16
-        if act_nTI.dtype == grad_nTo.dtype == wide:
-            _require_ieee(act_nTI)
-            return torch.bmm(grad_nTo.mT, act_nTI)
-        if device == "cuda" and act_nTI.dtype == grad_nTo.dtype and torch.version.hip is None:
+    alike = act_nTI.dtype == grad_nTo.dtype
+    narrow = alike and act_nTI.dtype.itemsize == 2
+    widens = narrow and device == "cuda" and torch.version.hip is None
+    with exact_products(device, act_nTI.dtype if widens else wide):
+        if widens:  # bf16 tensor cores, fp32 results
             return torch.bmm(grad_nTo.mT, act_nTI, out_dtype=wide)
-        _require_ieee(act_nTI.new_empty(0, dtype=wide))
+        if alike and act_nTI.dtype == wide:
+            return torch.bmm(grad_nTo.mT, act_nTI)
         return _widened(act_nTI, grad_nTo, wide)
+
+
+@contextmanager
+def exact_products(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Let products keep the digits of their operands.
+
+    Raises:
+        ValueError: If cuBLAS would round fp32 operands to TF32.
+    """
+    rounds = torch.backends.cuda.matmul.fp32_precision == "tf32"  # pyright: ignore
+    if device == "cuda" and dtype == torch.float32 and rounds:
+        raise ValueError(
+            "fp32 operands and TF32 products do not go together: the norm would not be that of the "
+            'gradient. Call torch.set_float32_matmul_precision("highest") or pass bf16 operands.'
+        )
+    with torch.autocast(device, enabled=False):  # it would round fp32 operands to bf16
+        yield
 
 
 def product_blocks(act_BTI: Tensor, grad_BTO: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -165,11 +186,17 @@ def sq_norms(values_nx: Tensor) -> Tensor:
 
 
 def product_compilations(
-    op: str, table: str, kernel: object, signature: dict[str, str], **constants: object
+    op: str,
+    table: str,
+    kernel: object,
+    signature: Mapping[str, str],
+    *,
+    constants: Mapping[str, object] = MappingProxyType({}),
+    variant: str = "",
 ) -> Iterator[Compilation]:
     """Yield the kernel of an op for every row of a table that launches it.
 
-    `signature` names the pointers beyond `act` and `grad`; strides and sizes are added.
+    `signature` and `constants` hold what an op has beyond operands, sizes, strides and blocks.
     """
     sizes = ("tokens", "outputs", "inputs")
     strides = ("act_sample", "act_token", "grad_sample", "grad_token")
@@ -178,7 +205,7 @@ def product_compilations(
             continue
         dtype = _SIGNATURE[chosen.up_to.get("bytes", 4)]
         yield Compilation(
-            name=f"{op} {dtype}",
+            name=f"{op} {dtype}{variant}",
             kernel=kernel,
             signature={
                 **dict.fromkeys(("act", "grad"), f"*{dtype}"),
@@ -200,16 +227,6 @@ def _widened(act_nTI: Tensor, grad_nTo: Tensor, wide: torch.dtype) -> Tensor:
         these = slice(start, start + step)
         found.baddbmm_(grad_nTo[:, these].mT.to(wide), act_nTI[:, these].to(wide))
     return found
-
-
-def _require_ieee(operand: Tensor) -> None:
-    if operand.dtype != torch.float32 or operand.device.type != "cuda":
-        return
-    if torch.backends.cuda.matmul.fp32_precision == "tf32":  # pyright: ignore
-        raise ValueError(
-            "fp32 operands and TF32 products do not go together: the norm would not be that of the "
-            'gradient. Call torch.set_float32_matmul_precision("highest") or pass bf16 operands.'
-        )
 
 
 def _chain_norms(rows: Tensor) -> Tensor:
