@@ -5,7 +5,7 @@ Ops that share these functions round alike: a norm is that of the bits that a su
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import no_type_check
@@ -24,10 +24,12 @@ __all__ = [
     "product",
     "product_blocks",
     "product_compilations",
+    "row_blocks",
     "sq_norms",
     "tile_count",
     "tile_place",
     "tile_product",
+    "used_samples",
 ]
 
 SCRATCH = 1 << 22
@@ -168,13 +170,10 @@ def product_blocks(act_BTI: Tensor, grad_BTO: Tensor) -> Iterator[tuple[slice, s
     if samples * inputs * outputs == 0:
         return
     many = min(max(SCRATCH // (inputs * outputs), 1), samples)
-    rows = min(max(SCRATCH // (many * inputs), 1), outputs)
-    if 128 < rows < outputs:
-        rows -= rows % 128  # whole tiles of the library
     for sample in range(0, samples, many):
-        for output in range(0, outputs, rows):
-            some, these = slice(sample, sample + many), slice(output, output + rows)
-            yield some, these, product(act_BTI[some], grad_BTO[some, :, these])
+        some = slice(sample, sample + many)
+        for rows in row_blocks(outputs, many * inputs):
+            yield some, rows, product(act_BTI[some], grad_BTO[some, :, rows])
 
 
 def sq_norms(values_nx: Tensor) -> Tensor:
@@ -183,6 +182,22 @@ def sq_norms(values_nx: Tensor) -> Tensor:
     whole = flat.shape[1] // _CHAIN * _CHAIN
     chains = flat[:, :whole].unflatten(1, (whole // _CHAIN, _CHAIN))
     return _chain_norms(chains).square().sum(1) + _chain_norms(flat[:, whole:]).square()
+
+
+def row_blocks(outputs: int, inputs: int) -> Iterator[slice]:
+    """Yield rows of an [O, I] matrix, at most `SCRATCH` elements at a time."""
+    rows = max(SCRATCH // max(inputs, 1), 1)
+    if rows > 128:
+        rows -= rows % 128  # whole tiles of the library
+    for start in range(0, outputs, rows):
+        yield slice(start, min(start + rows, outputs))
+
+
+def used_samples(factor_B: Tensor) -> Sequence[int]:
+    """Return the samples that a sum needs; on a GPU all of them, since asking it would wait."""
+    if factor_B.device.type == "cpu":
+        return factor_B.nonzero().flatten().tolist()
+    return range(len(factor_B))
 
 
 def product_compilations(
