@@ -92,3 +92,26 @@ def require_linear(act_BTI: Tensor, grad_BTO: Tensor) -> None:
     require_dtype("grad_BTO", grad_BTO)
     require_shape("act_BTI", act_BTI, ("B", "T", "I"))
     require_shape("grad_BTO", grad_BTO, (*act_BTI.shape[:2], "O"))
+
+
+def require_factors(factor_B: Tensor, samples: int) -> None:
+    """Raise unless this holds one finite factor for each sample.
+
+    Raises:
+        ValueError: If the dtype or the shape does not fit, or a factor is not finite.
+    """
+    require_dtype("factor_B", factor_B, WIDE)
+    require_shape("factor_B", factor_B, (samples,))
+    require_finite("factor_B", factor_B)
+
+
+def require_total(total: Tensor, outputs: int, inputs: int) -> None:
+    """Raise unless a sum over samples can be added to this.
+
+    Raises:
+        ValueError: If the dtype or the shape does not fit, or the tensor is not contiguous.
+    """
+    require_dtype("total", total, WIDE)
+    require_shape("total", total, (outputs, inputs))
+    if not total.is_contiguous():
+        raise ValueError("total is not contiguous; pass .contiguous() memory.")

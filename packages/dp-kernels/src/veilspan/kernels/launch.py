@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -30,11 +30,15 @@ class Configuration:
         blocks: Compile-time sizes of the kernel by the names of its arguments.
         num_warps: Warps per program, 32 threads each.
         num_stages: Depth of the software pipeline of its loops.
+        route: "kernel", or "library" where PyTorch computes the op in blocks instead.
+        up_to: Bounds on the sizes that this way is for.
     """
 
     blocks: Mapping[str, int]
     num_warps: int = 4
     num_stages: int = 3
+    route: Literal["kernel", "library"] = "kernel"
+    up_to: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def launch(self) -> dict[str, Any]:
@@ -128,7 +132,11 @@ def _older(table: str) -> list[str]:
 
 def _parsed(row: Mapping[str, Any]) -> Configuration:
     return Configuration(
-        blocks=row["blocks"], num_warps=row.get("warps", 4), num_stages=row.get("stages", 3)
+        blocks=row.get("blocks", {}),
+        num_warps=row.get("warps", 4),
+        num_stages=row.get("stages", 3),
+        route=row.get("route", "kernel"),
+        up_to=row.get("up_to", {}),
     )
 
 
