@@ -2,7 +2,16 @@
 
 from veilspan.kernels.ops.accumulate import accumulate_, squared_norm
 from veilspan.kernels.ops.direct_norm import direct_norm
+from veilspan.kernels.ops.gram_norm import gram_inner, gram_norm
 from veilspan.kernels.ops.per_sample_grad import per_sample_grad
 from veilspan.kernels.ops.weighted_sum import weighted_sum
 
-__all__ = ["accumulate_", "direct_norm", "per_sample_grad", "squared_norm", "weighted_sum"]
+__all__ = [
+    "accumulate_",
+    "direct_norm",
+    "gram_inner",
+    "gram_norm",
+    "per_sample_grad",
+    "squared_norm",
+    "weighted_sum",
+]
