@@ -1,0 +1,109 @@
+"""The kernels as one object that fits the `NormKernel` seam of veilspan.core.
+
+The ops return what they compute; this object adds what makes a norm safe to clip by: a guard for
+the rounding of sums that cancel, and the fall back from the Gram form where it hides the norm.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from veilspan.kernels.checks import require_linear
+from veilspan.kernels.ops.clipped_sum import clipped_sum
+from veilspan.kernels.ops.direct_norm import direct_norm
+from veilspan.kernels.ops.gram_norm import gram_norm
+from veilspan.kernels.ops.per_sample_grad import per_sample_grad
+
+__all__ = ["GRAM_CANCELLATION", "TritonKernel"]
+
+GRAM_CANCELLATION = 1e-5
+"""Below this fraction of (Σ‖a‖‖g‖)² the Gram form has no correct digits left to trust."""
+
+
+@final
+@dataclass(frozen=True)
+class TritonKernel:
+    """Per-sample arithmetic of a linear map `y = x Wᵀ` in Triton, or PyTorch where Triton is not.
+
+    Shape letters: B samples, T tokens, I and O input and output features.
+
+    Guarantee:
+        A squared norm is never below that of the exact gradient by more than a relative 2⁻¹⁸: each
+        carries a guard for the rounding of sums that cancel, and the Gram form falls back to the
+        direct form where cancellation hides the norm.
+
+    Examples:
+        >>> act_BTI, grad_BTO = torch.ones(1, 2, 3), torch.ones(1, 2, 4)
+        >>> TritonKernel().sq_norm_direct(act_BTI, grad_BTO).round()
+        tensor([48.], dtype=torch.float64)
+    """
+
+    def sq_norm_direct(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
+        """Return ‖GᵀA‖² per sample, `[B]` fp64, without a `[B, O, I]` buffer."""
+        act_BTI = _alike(act_BTI, grad_BTO)
+        guard_B = _rounding(act_BTI) * _magnitudes(act_BTI, grad_BTO)
+        return direct_norm(act_BTI, grad_BTO) + guard_B.square()
+
+    def sq_norm_gram(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
+        """Return ⟨AAᵀ, GGᵀ⟩ per sample, `[B]` fp64, without a `[T, T]` buffer.
+
+        Source: Goodfellow (2015), https://arxiv.org/abs/1510.01799; Li et al. (2022),
+        https://arxiv.org/abs/2110.05679.
+        """
+        act_BTI = _alike(act_BTI, grad_BTO)
+        size_B = _magnitudes(act_BTI, grad_BTO)
+        sq_B = gram_norm(act_BTI, grad_BTO)
+        hidden_B = ~(sq_B >= GRAM_CANCELLATION * size_B.square())  # NaN too
+        if bool(hidden_B.any()):
+            sq_B = sq_B.clone()
+            sq_B[hidden_B] = direct_norm(act_BTI[hidden_B], grad_BTO[hidden_B])
+        return sq_B + (_rounding(act_BTI) * size_B).square()
+
+    def per_sample_grad(
+        self, act_BTI: Tensor, grad_BTO: Tensor, *, out: Tensor | None = None
+    ) -> Tensor:
+        """Return GᵀA per sample, `[B, O, I]`, in the dtype of `grad_BTO`; in `out` if given."""
+        return per_sample_grad(_alike(act_BTI, grad_BTO), grad_BTO, out=out)[0]
+
+    def weighted_grad(
+        self, act_BTI: Tensor, grad_BTO: Tensor, factor_B: Tensor, *, clip_norm: float
+    ) -> Tensor:
+        """Return Σ_b factor_b · G_bᵀA_b, `[O, I]`, accumulated in fp32 or fp64.
+
+        A factor multiplies the fp32 product of its own sample, so rounding of large terms that
+        cancel meets no other sample, whatever `clip_norm` is.
+        """
+        if not clip_norm > 0:
+            raise ValueError(f"clip_norm is {clip_norm}; it must be above 0.")
+        return clipped_sum(_alike(act_BTI, grad_BTO), grad_BTO, factor_B)
+
+
+def _alike(act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
+    """Return the input in the dtype of the output gradient, as autograd would use it."""
+    act_BTI = act_BTI.to(grad_BTO.dtype)
+    require_linear(act_BTI, grad_BTO)
+    return act_BTI
+
+
+def _rounding(act_BTI: Tensor) -> float:
+    """Return r such that r·Σ‖a_t‖‖g_t‖ bounds the rounding of a sum of T outer products.
+
+    Eight standard deviations of the random-walk model of rounding (Higham and Mary, 2019).
+    """
+    eps = torch.finfo(torch.float64 if act_BTI.dtype == torch.float64 else torch.float32).eps
+    return 8.0 * math.sqrt(act_BTI.shape[1]) * eps / 2
+
+
+def _magnitudes(act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
+    """Return Σ_t ‖a_t‖‖g_t‖ per sample, `[B]` fp64: what the norm would be without cancellation."""
+    return (_row_norms(act_BTI) * _row_norms(grad_BTO)).sum(1)
+
+
+def _row_norms(rows: Tensor) -> Tensor:
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=wide).double()
