@@ -56,12 +56,12 @@ def test_gradient_is_the_noisy_sum_over_the_expected_batch_size():
 def test_rows_that_are_no_records_add_nothing_and_are_not_counted(backward, accumulate):
     """Whatever they hold, also what is not finite."""
     torch.manual_seed(0)
-    x = torch.randn(5, 3)
-    x[1], x[3] = math.inf, 1e9
+    x = torch.randn(6, 3)
+    x[0], x[2], x[5] = 1e3, math.inf, 1e9
     found = []
     for rows, is_record in (
-        ([0, 1, 2, 3, 4], torch.tensor([True, False, True, False, True])),
-        ([0, 2, 4], None),
+        ([0, 1, 2, 3, 4, 5], torch.tensor([False, True, False, True, True, False])),
+        ([1, 3, 4], None),
     ):
         torch.manual_seed(1)
         model = nn.Linear(3, 2)
