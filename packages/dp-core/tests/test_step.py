@@ -82,6 +82,22 @@ def test_rows_that_are_no_records_add_nothing_and_are_not_counted(backward, accu
     assert found[0][1] == found[1][1]
 
 
+@pytest.mark.parametrize("backward", ["per_sample", "bookkeeping", "two_pass", "per_layer"])
+def test_rows_that_are_no_records_are_not_counted_where_samples_are_formed_one_by_one(backward):
+    ids, found = torch.tensor([[1, 2], [3, 3], [4, 1]]), []
+    for rows, is_record in (([0, 1, 2], torch.tensor([False, True, False])), ([1], None)):
+        torch.manual_seed(1)
+        model = nn.Embedding(6, 3)
+        clipping = PerLayer(clip_norm=1e-3, adaptive=PrivateQuantile())
+        options = {"noise_multiplier": 1.0, "noise": GaussianNoise(KEY), "backward": backward}
+        step = PrivateStep(model, clipping=clipping, expected_batch_size=4.0, **options)
+        with step:
+            step.backward(square_losses(model, ids[rows]), is_record)
+        found.append((model.weight.grad, step.state_dict()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
 @pytest.mark.parametrize("flags", [torch.ones(3), torch.ones(2, dtype=torch.bool)])
 def test_flags_that_do_not_fit_the_losses_are_refused(flags):
     model = nn.Linear(3, 2)
