@@ -143,7 +143,7 @@ def product(act_nTI: Tensor, grad_nTo: Tensor) -> Tensor:
     device = act_nTI.device.type
     alike = act_nTI.dtype == grad_nTo.dtype
     narrow = alike and act_nTI.dtype.itemsize == 2
-    widens = narrow and device == "cuda" and torch.version.hip is None
+    widens = narrow and device == "cuda" and torch.version.hip is None and act_nTI.numel() > 0
     with exact_products(device, act_nTI.dtype if widens else wide):
         if widens:  # bf16 tensor cores, fp32 results
             return torch.bmm(grad_nTo.mT, act_nTI, out_dtype=wide)
@@ -276,7 +276,7 @@ def _neighbours(tensor: Tensor) -> bool:
 
 
 def _odd(tensor: Tensor) -> bool:
-    """Return whether Triton cannot know that rows begin at multiples of 16 elements."""
+    """Return whether Triton cannot know that rows are aligned, and must load element by element."""
     starts = [tensor.shape[-1]]
     if _neighbours(tensor):  # otherwise it is copied first
         starts += [tensor.data_ptr(), *tensor.stride()[:-1]]
