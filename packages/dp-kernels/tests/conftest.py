@@ -13,6 +13,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, hence before imports
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # else cuBLAS fails as not deterministic
 
 from veilspan.kernels.testing import DEVICE, Fence
 

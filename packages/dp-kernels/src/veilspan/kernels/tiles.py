@@ -104,9 +104,14 @@ def accumulator(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def plan(op: str, act_BTI: Tensor, grad_BTO: Tensor) -> Configuration | None:
-    """Return how to launch the kernel of an op, or None where PyTorch computes it in blocks."""
-    if not (runs_kernels(act_BTI) and runs_kernels(grad_BTO)):
+def plan(op: str, act_BTI: Tensor, grad_BTO: Tensor, *results: Tensor) -> Configuration | None:
+    """Return how to launch the kernel of an op, or None where PyTorch computes it in blocks.
+
+    Rows of the table may bound `samples`, `tokens`, `inputs`, `outputs`, the `bytes` of an element,
+    and `odd`, which is 1 where rows begin at addresses that tensor cores cannot be fed from fast.
+    """
+    tensors = (act_BTI, grad_BTO, *results)
+    if not all(runs_kernels(tensor) for tensor in tensors):
         return None
     samples, tokens, inputs = act_BTI.shape
     chosen = configuration(
@@ -117,6 +122,7 @@ def plan(op: str, act_BTI: Tensor, grad_BTO: Tensor) -> Configuration | None:
         inputs=inputs,
         outputs=grad_BTO.shape[2],
         bytes=torch.promote_types(act_BTI.dtype, grad_BTO.dtype).itemsize,
+        odd=int(any(_odd(tensor) for tensor in tensors)),
     )
     return chosen if chosen.route == "kernel" else None
 
@@ -137,7 +143,7 @@ def product(act_nTI: Tensor, grad_nTo: Tensor) -> Tensor:
     device = act_nTI.device.type
     alike = act_nTI.dtype == grad_nTo.dtype
     narrow = alike and act_nTI.dtype.itemsize == 2
-    widens = narrow and device == "cuda" and torch.version.hip is None
+    widens = narrow and device == "cuda" and torch.version.hip is None and act_nTI.numel() > 0
     with exact_products(device, act_nTI.dtype if widens else wide):
         if widens:  # bf16 tensor cores, fp32 results
             return torch.bmm(grad_nTo.mT, act_nTI, out_dtype=wide)
@@ -213,23 +219,35 @@ def product_compilations(
 
     `signature` and `constants` hold what an op has beyond operands, sizes, strides and blocks.
     """
-    sizes = ("tokens", "outputs", "inputs")
     strides = ("act_sample", "act_token", "grad_sample", "grad_token")
+    more = [name for name, kind in signature.items() if kind.startswith("i")]
+    integers = ("tokens", "outputs", "inputs", *strides, *more)
+    found: dict[str, Compilation] = {}  # by label: two rows may have the same blocks
     for chosen in configurations(op, table):
         if chosen.route == "library":
             continue
         dtype = _SIGNATURE[chosen.up_to.get("bytes", 4)]
-        yield Compilation(
-            name=f"{op} {dtype}{variant}",
-            kernel=kernel,
-            signature={
-                **dict.fromkeys(("act", "grad"), f"*{dtype}"),
-                **dict.fromkeys((*sizes, *strides), "i32"),
-                **signature,
-            },
-            constants={"UPCAST": False, **constants, **chosen.blocks},
-            chosen=chosen,
-        )
+        for ones in (False, True) if dtype == "fp32" else (False,):
+            compilation = Compilation(
+                name=f"{op} {dtype}{variant}{' of ones' if ones else ''}",
+                kernel=kernel,
+                signature={
+                    **dict.fromkeys(("act", "grad"), f"*{dtype}"),
+                    **dict.fromkeys(integers, "i32"),
+                    **signature,
+                },
+                # Triton compiles a kernel anew for integers that are 1: they become constants.
+                constants={
+                    "UPCAST": False,
+                    **constants,
+                    **chosen.blocks,
+                    **(dict.fromkeys(integers, 1) if ones else {}),
+                },
+                chosen=chosen,
+                odd=("tokens", "samples") if chosen.up_to.get("odd") == 0 else integers,
+            )
+            found[compilation.label] = compilation
+    yield from found.values()
 
 
 def _widened(act_nTI: Tensor, grad_nTo: Tensor, wide: torch.dtype) -> Tensor:
@@ -250,5 +268,16 @@ def _chain_norms(rows: Tensor) -> Tensor:
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    neighbours = tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
-    return tensor if neighbours else tensor.contiguous()
+    return tensor if _neighbours(tensor) else tensor.contiguous()
+
+
+def _neighbours(tensor: Tensor) -> bool:
+    return tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
+
+
+def _odd(tensor: Tensor) -> bool:
+    """Return whether Triton cannot know that rows are aligned, and must load element by element."""
+    starts = [tensor.shape[-1]]
+    if _neighbours(tensor):  # otherwise it is copied first
+        starts += [tensor.data_ptr(), *tensor.stride()[:-1]]
+    return any(start % 16 for start in starts)

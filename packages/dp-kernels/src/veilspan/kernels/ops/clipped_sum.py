@@ -14,7 +14,7 @@ from veilspan.kernels.checks import (
     require_together,
     require_total,
 )
-from veilspan.kernels.compat import INTERPRETED, jit, runs_kernels, tl
+from veilspan.kernels.compat import INTERPRETED, jit, tl
 from veilspan.kernels.launch import Compilation, Configuration
 from veilspan.kernels.roofline import Work
 from veilspan.kernels.tiles import (
@@ -141,8 +141,8 @@ def _clipped_sum_kernel(
             UPCAST,
         )
         found += factor * tile
-        act += tl.cast(act_sample, tl.int64)
-        grad += tl.cast(grad_sample, tl.int64)
+        act += act_sample
+        grad += grad_sample
         factors += 1
     output = (row * BLOCK_O + tl.arange(0, BLOCK_O))[:, None]
     feature = (column * BLOCK_I + tl.arange(0, BLOCK_I))[None, :]
@@ -158,7 +158,7 @@ def _clipped_sum(
     act_BTI: Tensor, grad_BTO: Tensor, factor_B: Tensor, total: Tensor, add: bool
 ) -> None:
     factor_B = factor_B.to(total.dtype).contiguous()
-    chosen = plan("clipped_sum", act_BTI, grad_BTO) if runs_kernels(total) else None
+    chosen = plan("clipped_sum", act_BTI, grad_BTO, total)
     if chosen is None:
         _in_blocks(act_BTI, grad_BTO, factor_B, total, add)
     elif total.numel():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from veilspan.kernels.checks import require_dtype, require_linear, require_shape, require_together
-from veilspan.kernels.compat import INTERPRETED, jit, runs_kernels, tl
+from veilspan.kernels.compat import INTERPRETED, jit, tl
 from veilspan.kernels.launch import Compilation, Configuration
 from veilspan.kernels.roofline import Work
 from veilspan.kernels.tiles import (
@@ -142,7 +142,7 @@ def _per_sample_grad_kernel(
 
 @torch.library.custom_op("veilspan::per_sample_grad", mutates_args=("out",))
 def _per_sample_grad(act_BTI: Tensor, grad_BTO: Tensor, out: Tensor) -> Tensor:
-    chosen = plan("per_sample_grad", act_BTI, grad_BTO) if runs_kernels(out) else None
+    chosen = plan("per_sample_grad", act_BTI, grad_BTO, out)
     if chosen is None:
         return _in_blocks(act_BTI, grad_BTO, out)
     return _launch(act_BTI, grad_BTO, out, chosen)

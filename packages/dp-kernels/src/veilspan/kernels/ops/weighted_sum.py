@@ -83,14 +83,13 @@ def _weighted_sum_kernel(
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < length
     grads += index
-    step = tl.cast(grad_sample, tl.int64)
     found = tl.zeros((BLOCK,), tl.float32)
     for _ in range(0, samples):
         factor = tl.load(factors)
         reach = tl.where(tl.abs(factor) > 0.0, length, 0)  # nothing of a dropped sample is read
         part = tl.load(grads, mask=index < reach, other=0.0).to(tl.float32)
         found += part * factor
-        grads += step
+        grads += grad_sample
         factors += 1
     if ADD:
         found += tl.load(total + index, mask=inside, other=0.0)

@@ -1,0 +1,85 @@
+"""What decides between kernels of products and the library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from veilspan.kernels import clipped_sum, direct_norm, per_sample_grad
+from veilspan.kernels.launch import ARCHITECTURES, Configuration, configured
+from veilspan.kernels.testing import random
+from veilspan.kernels.tiles import plan
+
+OPS = ["clipped_sum", "direct_norm", "per_sample_grad"]
+
+
+def planned(monkeypatch: pytest.MonkeyPatch, *tensors: torch.Tensor) -> dict[str, int]:
+    """Return the sizes that a plan asks the table for."""
+    asked: dict[str, Any] = {}
+
+    def configuration(op: str, device: torch.device, **sizes: int) -> Configuration:
+        asked.update(sizes)
+        return Configuration(blocks={})
+
+    monkeypatch.setattr("veilspan.kernels.tiles.configuration", configuration)
+    plan("direct_norm", *tensors)
+    return asked
+
+
+def test_a_plan_knows_sizes_and_alignment(monkeypatch: pytest.MonkeyPatch) -> None:
+    act_BTI = random(2, 5, 32, dtype=torch.bfloat16)
+    grad_BTO = random(2, 5, 48, dtype=torch.bfloat16)
+    sizes = {"samples": 2, "tokens": 5, "inputs": 32, "outputs": 48, "bytes": 2, "odd": 0}
+    assert planned(monkeypatch, act_BTI, grad_BTO) == sizes
+    assert planned(monkeypatch, act_BTI.float(), grad_BTO)["bytes"] == 4
+    copied = random(2, 32, 5, dtype=torch.bfloat16).mT  # its copy begins at even addresses
+    assert planned(monkeypatch, copied, grad_BTO)["odd"] == 0
+
+
+@pytest.mark.parametrize("which", ["features", "address", "stride", "result"])
+def test_a_plan_sees_odd_addresses(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    act_BTI = random(2, 5, 32, dtype=torch.bfloat16)
+    grad_BTO = random(2, 5, 48, dtype=torch.bfloat16)
+    tensors = {
+        "features": [random(2, 5, 33), grad_BTO],
+        "address": [random(2, 5, 80)[:, :, 1:33], grad_BTO],
+        "stride": [random(2, 5, 33)[:, :, :32], grad_BTO],
+        "result": [act_BTI, grad_BTO, random(48, 33)],
+    }[which]
+    assert planned(monkeypatch, *tensors)["odd"] == 1
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("table", [*ARCHITECTURES, "default", "interpreter"])
+def test_every_size_has_a_row(op: str, table: str) -> None:
+    huge = dict.fromkeys(("samples", "tokens", "inputs", "outputs"), 1 << 40)
+    for number in (2, 4):
+        for odd in (0, 1):
+            assert configured(op, table, bytes=number, odd=odd, **huge)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("table", ARCHITECTURES)
+def test_long_samples_go_to_the_library_unless_they_are_fp32(op: str, table: str) -> None:
+    sizes = {"samples": 1, "inputs": 4096, "outputs": 4096, "odd": 0}
+    assert configured(op, table, tokens=8192, bytes=2, **sizes).route == "library"
+    assert configured(op, table, tokens=512, bytes=2, **sizes).route == "kernel"
+    assert configured(op, table, tokens=8192, bytes=4, **sizes).route == "kernel"
+
+
+def test_the_route_of_the_table_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Configuration(blocks={}, route="library")
+    monkeypatch.setattr("veilspan.kernels.tiles.configuration", lambda *_, **__: library)
+    act_BTI, grad_BTO = random(2, 5, 3), random(2, 5, 4)
+    grad_BOI = grad_BTO.mT @ act_BTI
+    sq_norm_B = grad_BOI.square().sum((1, 2)).double()
+    factor_B = torch.ones(2, device=act_BTI.device)
+    for found, right in [
+        (direct_norm(act_BTI, grad_BTO), sq_norm_B),
+        (per_sample_grad(act_BTI, grad_BTO)[0], grad_BOI),
+        (per_sample_grad(act_BTI, grad_BTO)[1], sq_norm_B),
+        (clipped_sum(act_BTI, grad_BTO, factor_B), grad_BOI.sum(0)),
+    ]:
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
