@@ -67,6 +67,19 @@ def compiled(compilation: Compilation, table: str) -> Resources:
     Raises:
         RuntimeError: If Triton is missing or interprets its kernels, or the compiler says nothing.
     """
+    return _resources(compilation, _binary(compilation, table), table)
+
+
+def assembly(compilation: Compilation, table: str) -> str:
+    """Return the PTX of a kernel.
+
+    Raises:
+        RuntimeError: If Triton is missing or interprets its kernels.
+    """
+    return _binary(compilation, table).asm["ptx"]
+
+
+def _binary(compilation: Compilation, table: str) -> Any:
     if not AVAILABLE or INTERPRETED:
         raise RuntimeError("compiling needs Triton, and TRITON_INTERPRET unset.")
     from triton.backends.compiler import GPUTarget
@@ -91,8 +104,7 @@ def compiled(compilation: Compilation, table: str) -> Resources:
         attrs=aligned,
     )
     target = GPUTarget("cuda", int(table.removeprefix("sm_")), 32)
-    binary = triton.compile(source, target=target, options=compilation.chosen.launch)
-    return _resources(compilation, binary, table)
+    return triton.compile(source, target=target, options=compilation.chosen.launch)
 
 
 def _resources(compilation: Compilation, binary: Any, table: str) -> Resources:

@@ -1,4 +1,4 @@
-"""The least time an op can take: bytes over bandwidth or FLOPs over peak, whichever is longer."""
+"""The least time an op can take: what it moves or computes over the peak, whichever is longer."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ class Device:
     Args:
         flops: Dense bf16 tensor-core peak, FLOP/s.
         bandwidth: Memory bandwidth, bytes/s.
+        integers: Integer instructions/s: multiprocessors · 64 · clock.
     """
 
     flops: float
     bandwidth: float
+    integers: float
 
 
 DEVICES: Mapping[str, Device] = MappingProxyType(
     {
-        "A100": Device(flops=312e12, bandwidth=2.039e12),
-        "H100": Device(flops=989e12, bandwidth=3.35e12),
-        "H200": Device(flops=989e12, bandwidth=4.8e12),
+        "A100": Device(flops=312e12, bandwidth=2.039e12, integers=108 * 64 * 1.41e9),
+        "H100": Device(flops=989e12, bandwidth=3.35e12, integers=132 * 64 * 1.83e9),
+        "H200": Device(flops=989e12, bandwidth=4.8e12, integers=132 * 64 * 1.83e9),
     }
 )
 """GPUs with forecasts; figures of the SXM variants in the data sheets."""
@@ -43,10 +45,12 @@ class Work:
     Args:
         flops: Multiplications and additions on tensor cores.
         bytes: Bytes that must cross the memory bus, each operand counted once.
+        integers: Integer instructions of all threads, for ops that are bound by them.
     """
 
     flops: float = 0.0
     bytes: float = 0.0
+    integers: float = 0.0
 
     def seconds(self, device: Device, *, efficiency: float = GEMM_EFFICIENCY) -> float:
         """Return the forecast time on a device.
@@ -57,4 +61,4 @@ class Work:
         """
         computing = self.flops / (device.flops * efficiency)
         moving = self.bytes / (device.bandwidth * BANDWIDTH_EFFICIENCY)
-        return max(computing, moving)
+        return max(computing, moving, self.integers / device.integers)
