@@ -115,3 +115,26 @@ def require_total(total: Tensor, outputs: int, inputs: int) -> None:
     require_shape("total", total, (outputs, inputs))
     if not total.is_contiguous():
         raise ValueError("total is not contiguous; pass .contiguous() memory.")
+
+
+def require_ids(argument: str, ids: Tensor, count: int | None, *, ignore: int | None) -> None:
+    """Raise if an id is outside of `[0, count)` and is not `ignore`; any count if that is None.
+
+    On a GPU the check runs on the device, as in `require_finite`.
+
+    Raises:
+        ValueError: If the dtype does not fit, or on the CPU if an id does not; says how many.
+    """
+    require_dtype(argument, ids, (torch.int64, torch.int32))
+    wrong = ids < 0 if count is None else (ids < 0) | (ids >= count)
+    if ignore is not None:
+        wrong = wrong & (ids != ignore)
+    allowed = f"must be in [0, {'…' if count is None else count})"
+    if ignore is not None:
+        allowed += f" or {ignore}"
+    if ids.device.type == "cpu":
+        found = int(wrong.sum())
+        if found:
+            raise ValueError(f"{argument}: {found} of {ids.numel()} positions {allowed}.")
+    else:
+        torch.ops.aten._assert_async.msg(~wrong.any(), f"{argument}: every position {allowed}.")
