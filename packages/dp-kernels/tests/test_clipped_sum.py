@@ -116,6 +116,15 @@ def test_a_zero_factor_drops_operands_that_are_not_finite(
 
 
 @pytest.mark.parametrize("call", CALLS)
+def test_factors_that_are_all_zero_leave_the_total_alone(call: str, fence: Fence) -> None:
+    act_BTI, grad_BTO, factor_B = operands((3, 5, 6, 7), torch.bfloat16, fence)
+    act_BTI.fill_(float("nan"))
+    total = fence(random(7, 6))
+    found = called(call, act_BTI, grad_BTO, torch.zeros_like(factor_B), total.clone())
+    assert torch.equal(found, total)
+
+
+@pytest.mark.parametrize("call", CALLS)
 def test_operands_may_differ_in_dtype_and_have_any_strides(call: str) -> None:
     act_BTI = random(11, 3, 2 * 20, dtype=torch.bfloat16).transpose(0, 1)[:, :, ::2]
     grad_BTO, factor_B = random(3, 6, 22).mT[:, ::2], random(6)[::2]

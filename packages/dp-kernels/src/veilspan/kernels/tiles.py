@@ -176,9 +176,9 @@ def product_blocks(act_BTI: Tensor, grad_BTO: Tensor) -> Iterator[tuple[slice, s
     if samples * inputs * outputs == 0:
         return
     many = min(max(SCRATCH // (inputs * outputs), 1), samples)
-    for sample in range(0, samples, many):
-        some = slice(sample, sample + many)
-        for rows in row_blocks(outputs, many * inputs):
+    for rows in row_blocks(outputs, many * inputs):
+        for sample in range(0, samples, many):  # inside, so that a sum over them stays in the cache
+            some = slice(sample, sample + many)
             yield some, rows, product(act_BTI[some], grad_BTO[some, :, rows])
 
 

@@ -21,9 +21,8 @@ from veilspan.kernels.tiles import (
     accumulator,
     operands,
     plan,
-    product,
+    product_blocks,
     product_compilations,
-    row_blocks,
     tile_count,
     tile_place,
     tile_product,
@@ -200,15 +199,15 @@ def _launch(
 def _in_blocks(
     act_BTI: Tensor, grad_BTO: Tensor, factor_B: Tensor, total: Tensor, add: bool
 ) -> None:
-    """Sum in PyTorch: one product per sample, for some rows of the total at a time."""
+    """Sum in PyTorch: products per sample in blocks that stay in the cache, then their sum."""
     used = used_samples(factor_B)
-    for rows in row_blocks(*total.shape):
-        if not add:
-            total[rows] = 0.0
-        for b in used:
-            block = product(act_BTI[b : b + 1], grad_BTO[b : b + 1, :, rows])[0]
-            # accumulate_ drops a product that is not finite if its factor is 0
-            torch.ops.veilspan.accumulate_([total[rows]], [block.to(total.dtype)], factor_B[b], 0.0)
+    if len(used) < len(factor_B):
+        act_BTI, grad_BTO, factor_B = act_BTI[used], grad_BTO[used], factor_B[used]
+    if not add:
+        total.zero_()
+    for samples, rows, block in product_blocks(act_BTI, grad_BTO):
+        # Drops a product that is not finite if its factor is 0.
+        torch.ops.veilspan.weighted_sum(block, factor_B[samples], total[rows], True)
 
 
 def compilations(table: str) -> Iterator[Compilation]:

@@ -41,8 +41,8 @@ def direct_norm(act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
             fp32 operands in TF32.
 
     Guarantee:
-        Products are exact and summed in fp32, in fp64 where an operand is fp64. Squares are added
-        in fp32 within a tile and in fp64 between tiles, in an order that depends on the shape only.
+        Products are summed in fp32, in fp64 where an operand is fp64, and nothing is rounded to
+        bf16 or TF32. Squares are added in fp32 within a tile and in fp64 between tiles.
         Nothing is added for the rounding of sums that cancel: the caller's slack must cover it.
 
     Source: Lee and Kifer (2021), https://arxiv.org/abs/2009.03106, form the same product for norms.
