@@ -56,6 +56,22 @@ def test_fp32_totals_get_the_rounded_product(
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+def test_totals_may_be_fp64_and_of_several_dtypes(
+    dtype: torch.dtype, fence: Fence, device: torch.device
+) -> None:
+    parts, scale = gradients(dtype, fence), torch.tensor(0.37, dtype=C, device=device)
+    wide = [torch.float64, torch.float32]
+    totals = [
+        fence(torch.zeros(part.shape, dtype=wide[i % 2], device=device))
+        for i, part in enumerate(parts)
+    ]
+    added = accumulate_(totals, parts, scale)
+    for total, part in zip(totals, parts, strict=True):
+        torch.testing.assert_close(total, part.to(total.dtype) * scale.to(total.dtype))
+    assert float(added) == pytest.approx(exact_square(parts) * 0.37**2, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_integer_totals_get_the_truncated_product(
     dtype: torch.dtype, fence: Fence, device: torch.device
 ) -> None:

@@ -165,7 +165,7 @@ def _accumulate_kernel(
 @torch.library.custom_op("veilspan::squared_norm", mutates_args=())
 def _squared_norm(gradients: list[Tensor]) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
-    for alike in _alike(gradients):
+    for alike, _ in _alike(gradients, gradients):
         if runs_kernels(alike[0]):
             total += _launch(alike, alike, torch.ones_like(total), add=False)
         else:
@@ -184,13 +184,8 @@ def _accumulate(
 ) -> Tensor:
     scale = factor.double() / grain if grain else factor.double()
     added = torch.zeros((), dtype=torch.float64, device=factor.device)
-    for alike in _alike(gradients):
-        theirs = [
-            total
-            for total, gradient in zip(totals, gradients, strict=True)
-            if gradient.dtype == alike[0].dtype
-        ]
-        if runs_kernels(alike[0]):
+    for alike, theirs in _alike(gradients, totals):
+        if runs_kernels(alike[0]) and theirs[0].dtype in _DTYPES:
             added += _launch(alike, theirs, scale, add=True)
         else:
             for total, gradient in zip(theirs, alike, strict=True):
@@ -249,10 +244,14 @@ def _squared(values: Tensor) -> Tensor:
     return values.double().square().sum()
 
 
-def _alike(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the gradients that are not empty, dtype by dtype."""
-    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
-        yield [gradient for gradient in gradients if gradient.dtype == dtype]
+def _alike(
+    gradients: Sequence[Tensor], totals: Sequence[Tensor]
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Yield gradients of one dtype with their totals of one dtype."""
+    pairs = list(zip(gradients, totals, strict=True))
+    for kind in dict.fromkeys((gradient.dtype, total.dtype) for gradient, total in pairs):
+        chosen = [pair for pair in pairs if (pair[0].dtype, pair[1].dtype) == kind]
+        yield [gradient for gradient, _ in chosen], [total for _, total in chosen]
 
 
 def _check(tensors: Sequence[Tensor], argument: str) -> None:
