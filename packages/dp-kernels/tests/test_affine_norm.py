@@ -101,6 +101,12 @@ def test_operands_may_have_any_strides_and_other_dtypes() -> None:
             assert torch.equal(one, two)
 
 
+def test_parameters_are_taken_as_they_are() -> None:
+    x, weight, grad = operands((2, 3, 5), torch.float32)
+    for found in rms_norm_backward(x, torch.nn.Parameter(weight), grad, eps=EPS):
+        assert not found.requires_grad
+
+
 def test_the_norm_is_of_the_sum_over_tokens_not_of_its_terms() -> None:
     x = torch.tensor([[[1.0], [1.0]]])
     _, gain, sq = rms_norm_backward(x, torch.ones(1), torch.tensor([[[5.0], [-5.0]]]), eps=0.0)

@@ -9,6 +9,7 @@ from veilspan.kernels.ops.bias_norm import bias_norm
 from veilspan.kernels.ops.clipped_sum import clipped_sum
 from veilspan.kernels.ops.cross_entropy import cross_entropy_
 from veilspan.kernels.ops.direct_norm import direct_norm
+from veilspan.kernels.ops.embedding_inner import embedding_inner
 from veilspan.kernels.ops.embedding_norm import embedding_norm
 from veilspan.kernels.ops.embedding_sum import embedding_sum_
 from veilspan.kernels.ops.fused_head import HeadResult, fused_head
@@ -26,6 +27,7 @@ __all__ = [
     "clipped_sum",
     "cross_entropy_",
     "direct_norm",
+    "embedding_inner",
     "embedding_norm",
     "embedding_sum_",
     "fused_head",

@@ -59,7 +59,7 @@ def rms_norm_backward(
     """
     _check(x_BTD, weight_D, grad_BTD, eps, offset)
     grad_x_BTD, grad_2BD, sq_norm_B = torch.ops.veilspan.affine_norm(
-        x_BTD, weight_D, grad_BTD, eps, offset, False
+        x_BTD.detach(), weight_D.detach(), grad_BTD.detach(), eps, offset, False
     )
     return grad_x_BTD, grad_2BD[0], sq_norm_B
 
@@ -92,7 +92,7 @@ def layer_norm_backward(
     """
     _check(x_BTD, weight_D, grad_BTD, eps, 0.0)
     grad_x_BTD, grad_2BD, sq_norm_B = torch.ops.veilspan.affine_norm(
-        x_BTD, weight_D, grad_BTD, eps, 0.0, True
+        x_BTD.detach(), weight_D.detach(), grad_BTD.detach(), eps, 0.0, True
     )
     return grad_x_BTD, grad_2BD[0], grad_2BD[1], sq_norm_B
 

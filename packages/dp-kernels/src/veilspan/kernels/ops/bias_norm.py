@@ -45,7 +45,7 @@ def bias_norm(grad_BTO: Tensor) -> tuple[Tensor, Tensor]:
     require_together(grad_BTO=grad_BTO)
     require_dtype("grad_BTO", grad_BTO)
     require_shape("grad_BTO", grad_BTO, ("B", "T", "O"))
-    return torch.ops.veilspan.bias_norm(grad_BTO)
+    return torch.ops.veilspan.bias_norm(grad_BTO.detach())
 
 
 def work(batch: int, tokens: int, width: int, *, element_bytes: int = 2) -> Work:

@@ -63,7 +63,7 @@ def cross_entropy_(
     if not logits_NV.is_contiguous():
         raise ValueError("logits_NV is not contiguous; pass .contiguous() memory.")
     target_N = labels_N.long().masked_fill(labels_N == ignore_index, -1)
-    return torch.ops.veilspan.cross_entropy_(logits_NV, target_N, scale)
+    return torch.ops.veilspan.cross_entropy_(logits_NV.detach(), target_N, scale.detach())
 
 
 def work(tokens: int, vocabulary: int, *, element_bytes: int = 2) -> Work:

@@ -52,7 +52,7 @@ def embedding_norm(
     """
     require_lookups(tokens_BT, grad_BTD)
     require_ids("tokens_BT", tokens_BT, None, ignore=padding_idx)
-    return torch.ops.veilspan.embedding_norm(counted(tokens_BT, padding_idx), grad_BTD)
+    return torch.ops.veilspan.embedding_norm(counted(tokens_BT, padding_idx), grad_BTD.detach())
 
 
 def work(batch: int, tokens: int, width: int, *, element_bytes: int = 2) -> Work:

@@ -74,7 +74,9 @@ def embedding_sum_(
         raise ValueError("total_VD is not contiguous; pass .contiguous() memory.")
     require_ids("tokens_BT", tokens_BT, len(total_VD), ignore=padding_idx)
     require_finite("factor_B", factor_B)
-    torch.ops.veilspan.embedding_sum_(total_VD, counted(tokens_BT, padding_idx), grad_BTD, factor_B)
+    torch.ops.veilspan.embedding_sum_(
+        total_VD, counted(tokens_BT, padding_idx), grad_BTD.detach(), factor_B.detach()
+    )
 
 
 def work(tokens: int, width: int, *, rows: int, element_bytes: int = 2) -> Work:
