@@ -14,6 +14,7 @@ from veilspan.kernels.ops.embedding_norm import embedding_norm
 from veilspan.kernels.ops.embedding_sum import embedding_sum_
 from veilspan.kernels.ops.fused_head import HeadResult, fused_head
 from veilspan.kernels.ops.gram_norm import gram_inner, gram_norm
+from veilspan.kernels.ops.layerwise_clip import layerwise_clip_
 from veilspan.kernels.ops.per_sample_grad import per_sample_grad
 from veilspan.kernels.ops.weighted_sum import weighted_sum
 
@@ -34,6 +35,7 @@ __all__ = [
     "gram_inner",
     "gram_norm",
     "layer_norm_backward",
+    "layerwise_clip_",
     "per_sample_grad",
     "rms_norm_backward",
     "squared_norm",

@@ -1,0 +1,72 @@
+"""Norm, clip and sum of one layer: ours, FlashDP's published method, and batched products.
+
+    python bench_layerwise_clip.py [--output FILE] [--quick]
+
+A ratio is their time over ours. `flashdp` is a plain reproduction of the published method: a loop
+over samples that stores the product in the dtype of the operands, takes its norm, scales it, and
+adds it to a sum of the same dtype. `bmm` forms the gradients of all samples first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from harness import Case, main
+
+from veilspan.kernels import layerwise_clip_
+from veilspan.kernels.ops.layerwise_clip import work
+
+LLAMA = {"lora": (64, 64), "1b k": (2048, 512), "8b k": (4096, 1024), "8b q": (4096, 4096)}
+LENGTHS = [(8, 256), (4, 1024), (1, 4096)]  # samples and tokens
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """Yield layers of Llama-3.2-1B and 3.1-8B on a GPU, small layers on a CPU."""
+    gpu = device.type == "cuda"
+    layers = list(LLAMA.values()) if gpu else [(64, 64), (256, 512)]
+    lengths = LENGTHS if gpu else [(4, 128), (1, 512)]
+    if quick:
+        layers, lengths = [(32, 16)], [(2, 8)]
+    dtype = torch.bfloat16 if gpu else torch.float32
+    for inputs, outputs in layers:
+        for samples, tokens in lengths:
+            act_BTI = torch.randn(samples, tokens, inputs, device=device).to(dtype)
+            grad_BTO = torch.randn(samples, tokens, outputs, device=device).to(dtype)
+            yield case(act_BTI, grad_BTO)
+
+
+def case(act_BTI: torch.Tensor, grad_BTO: torch.Tensor) -> Case:
+    """Return one layer at one length."""
+    samples, tokens, inputs = act_BTI.shape
+    outputs, dtype = grad_BTO.shape[2], act_BTI.dtype
+    total = torch.zeros(outputs, inputs, device=act_BTI.device)
+    narrow = total.to(dtype)
+
+    def flashdp() -> object:
+        for act, grad in zip(act_BTI, grad_BTO, strict=True):
+            product = grad.mT @ act
+            norm = torch.linalg.vector_norm(product, dtype=torch.float32)
+            narrow.add_(product * (1.0 / norm).clamp(max=1.0).to(dtype))
+        return narrow
+
+    def batched() -> object:
+        grad_BOI = torch.bmm(grad_BTO.mT, act_BTI)
+        norm_B = torch.linalg.vector_norm(grad_BOI, dim=(1, 2), dtype=torch.float32)
+        factor_B = (1.0 / norm_B).clamp(max=1.0)
+        return total.add_(torch.einsum("b,boi->oi", factor_B, grad_BOI.float()))
+
+    return Case(
+        sizes={"B": samples, "T": tokens, "I": inputs, "O": outputs},
+        dtype=dtype,
+        work=work(samples, tokens, inputs, outputs, operand_bytes=dtype.itemsize),
+        contestants={
+            "veilspan": lambda: layerwise_clip_(total, act_BTI, grad_BTO, clip_norm=1.0),
+            "flashdp": flashdp,
+            "bmm": batched,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main("layerwise_clip", cases)
