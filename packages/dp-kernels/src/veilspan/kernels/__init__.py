@@ -16,10 +16,12 @@ from veilspan.kernels.ops.fused_head import HeadResult, fused_head
 from veilspan.kernels.ops.gram_norm import gram_inner, gram_norm
 from veilspan.kernels.ops.layerwise_clip import layerwise_clip_
 from veilspan.kernels.ops.per_sample_grad import per_sample_grad
+from veilspan.kernels.ops.sketch_norm import Probes, sketch_norm
 from veilspan.kernels.ops.weighted_sum import weighted_sum
 
 __all__ = [
     "HeadResult",
+    "Probes",
     "TritonKernel",
     "TritonNoise",
     "accumulate_",
@@ -38,6 +40,7 @@ __all__ = [
     "layerwise_clip_",
     "per_sample_grad",
     "rms_norm_backward",
+    "sketch_norm",
     "squared_norm",
     "weighted_sum",
 ]
