@@ -1,7 +1,8 @@
 """Compile kernels for a GPU that is not here: registers, spills, shared memory, tensor cores.
 
 python -m veilspan.kernels.aot --table sm_90 prints one row for each kernel and configuration of a
-table, `--json` a list that a program can read. `TRITON_INTERPRET` must not be set.
+table, `--json` a list that a program can read; gfx942 stands for AMD GPUs, which take the default
+table. `TRITON_INTERPRET` must not be set.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from veilspan.kernels import ops
 from veilspan.kernels.compat import AVAILABLE, INTERPRETED, triton
 from veilspan.kernels.launch import ARCHITECTURES, Compilation
 
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 """Most shared memory of one program, bytes."""
 
 _REGISTERS = 65536  # of one multiprocessor
 _THREADS = 2048
-_TENSOR_CORES = ("HGMMA", "HMMA", "DMMA")
+_TENSOR_CORES = ("HGMMA", "HMMA", "DMMA", "v_mfma_f")
+_AMD = "gfx942"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,7 @@ class Resources:
 
 def compilations(table: str) -> Iterator[Compilation]:
     """Yield every kernel of every op in every configuration of a table."""
+    table = "default" if table == _AMD else table
     for module in pkgutil.iter_modules(ops.__path__):
         found = importlib.import_module(f"{ops.__name__}.{module.name}")
         if hasattr(found, "compilations"):
@@ -67,7 +70,8 @@ def compiled(compilation: Compilation, table: str) -> Resources:
     Raises:
         RuntimeError: If Triton is missing or interprets its kernels, or the compiler says nothing.
     """
-    return _resources(compilation, _binary(compilation, table), table)
+    read = _resources_of_amd if table == _AMD else _resources
+    return read(compilation, _binary(compilation, table), table)
 
 
 def assembly(compilation: Compilation, table: str) -> str:
@@ -103,7 +107,10 @@ def _binary(compilation: Compilation, table: str) -> Any:
         constexprs={(names.index(name),): value for name, value in compilation.constants.items()},
         attrs=aligned,
     )
-    target = GPUTarget("cuda", int(table.removeprefix("sm_")), 32)
+    if table == _AMD:
+        target = GPUTarget("hip", table, 64)
+    else:
+        target = GPUTarget("cuda", int(table.removeprefix("sm_")), 32)
     return triton.compile(source, target=target, options=compilation.chosen.launch)
 
 
@@ -125,6 +132,30 @@ def _resources(compilation: Compilation, binary: Any, table: str) -> Resources:
         shared=shared,
         warps=warps,
         occupancy=occupancy(int(registers[1]), shared, warps, table),
+        tensor_cores=sum(len(re.findall(rf"\b{name}", code)) for name in _TENSOR_CORES),
+    )
+
+
+def _resources_of_amd(compilation: Compilation, binary: Any, table: str) -> Resources:
+    code: str = binary.asm["amdgcn"]
+    counts = [
+        max((int(count) for count in re.findall(rf"\.{name}:\s*(\d+)", code)), default=-1)
+        for name in ("vgpr_count", "vgpr_spill_count")
+    ]
+    if min(counts) < 0:
+        raise RuntimeError(f"the assembler says nothing of {compilation.name}")
+    shared, warps = int(binary.metadata.shared), compilation.chosen.num_warps
+    waves = min(512 // max(-(-counts[0] // 8) * 8, 8), 8)  # of a SIMD unit; there are four
+    programs = 4 * waves // warps
+    if shared:
+        programs = min(programs, SHARED_LIMIT[table] // shared)
+    return Resources(
+        name=compilation.label,
+        registers=counts[0],
+        spills=counts[1],
+        shared=shared,
+        warps=warps,
+        occupancy=programs * warps / 32,
         tensor_cores=sum(len(re.findall(rf"\b{name}", code)) for name in _TENSOR_CORES),
     )
 
@@ -171,7 +202,7 @@ def _tool(name: str) -> Path:
 def main() -> None:
     """Print the resources of every kernel."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--table", choices=ARCHITECTURES, default="sm_90")
+    parser.add_argument("--table", choices=(*ARCHITECTURES, _AMD), default="sm_90")
     parser.add_argument("--only", default="", help="names that begin with this")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

@@ -119,6 +119,8 @@ def architecture(device: torch.device) -> str:
     """Return the name of the table for a device."""
     if INTERPRETED:
         return "interpreter"
+    if torch.version.hip is not None:
+        return "default"
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{10 * major + minor}"
 
