@@ -7,7 +7,8 @@ environments below `.nox/`, because installing torch is the slow part:
   (`tests`, `bench`);
 * `tools`: linters and the documentation builder, without torch (`lint`, `imports`, `docs`,
   `typecheck`, which reads the libraries out of `workbench`);
-* `demo`: the trainer as a user installs it.
+* `demo`: the trainer as a user installs it;
+* `gpu`: all packages with a CUDA build of torch (`gpu`).
 
 Only `wheel` builds an environment of its own for each package: it proves that the wheel and the
 dependencies it declares are enough. An environment is rebuilt when a file that defines it changes.
@@ -41,8 +42,9 @@ EXTRAS = {"accounting": "[plot]", "core": "", "kernels": "", "parallel": "[hf]",
 EDITABLE = [part for name, path in PACKAGES.items() for part in ("-e", f"{path}{EXTRAS[name]}")]
 
 CONSTRAINTS = str(ROOT / os.environ.get("VEILSPAN_CONSTRAINTS", "constraints/cpu.txt"))
+GPU_CONSTRAINTS = str(ROOT / os.environ.get("VEILSPAN_CONSTRAINTS", "constraints/gpu.txt"))
 # Compiling all of torch and transformers takes longer than compiling what a session imports.
-PIP_INSTALL = ["-m", "pip", "install", "-q", "--no-compile", "-c", CONSTRAINTS]
+PIP_INSTALL = ["-m", "pip", "install", "-q", "--no-compile"]
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # One thread per worker: two workers with two threads each are slower than two with one.
 TEST_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -159,6 +161,14 @@ def bench(session: nox.Session, name: str) -> None:
 
 
 @shared
+def gpu(session: nox.Session) -> None:
+    """On an NVIDIA GPU: the kernels' tests, op and whole-step benchmarks, within nine minutes."""
+    extras = requirements("test", "test-models", "bench")
+    python = environment(session, "gpu", [*EDITABLE, *extras], constraints=GPU_CONSTRAINTS)
+    run(session, python, "packages/dp-kernels/benchmarks/gpu.py", *session.posargs)
+
+
+@shared
 def demo(session: nox.Session) -> None:
     """Train a small Llama privately on two processes, from nothing, in a few minutes."""
     python = environment(session, "demo", EDITABLE)
@@ -176,7 +186,14 @@ def tools(session: nox.Session) -> str:
     return environment(session, "tools", requirements("lint", "docs"), torch=False)
 
 
-def environment(session: nox.Session, name: str, packages: list[str], *, torch: bool = True) -> str:
+def environment(
+    session: nox.Session,
+    name: str,
+    packages: list[str],
+    *,
+    torch: bool = True,
+    constraints: str = CONSTRAINTS,
+) -> str:
     """Create `.nox/<name>` unless it is up to date, and return its Python.
 
     Args:
@@ -184,23 +201,24 @@ def environment(session: nox.Session, name: str, packages: list[str], *, torch: 
         name: Folder below `.nox/`.
         packages: Arguments of `pip install`.
         torch: Whether the environment holds torch.
+        constraints: File of tested versions.
     """
     folder = ROOT / ".nox" / name
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     stamp = folder / "veilspan-stamp"
-    wanted = fingerprint(packages)
+    wanted = fingerprint(packages, constraints)
     if python.exists() and stamp.exists() and stamp.read_text() == wanted:
         return str(python)
     session.log(f"Installing .nox/{name} ({'a few minutes' if torch else 'a minute'}, once)")
     run(session, sys.executable, "-m", "venv", "--clear", str(folder))
     if torch:
-        install_torch(session, str(python))
-    run(session, str(python), *PIP_INSTALL, *packages)
+        install_torch(session, str(python), constraints)
+    run(session, str(python), *PIP_INSTALL, "-c", constraints, *packages)
     stamp.write_text(wanted)
     return str(python)
 
 
-def install_torch(session: nox.Session, python: str) -> None:
+def install_torch(session: nox.Session, python: str, constraints: str = CONSTRAINTS) -> None:
     """Install the pinned torch; for the CPU constraints, PyTorch's own CPU build if reachable.
 
     The package index offers a CUDA build to Linux, several gigabytes that a CPU never uses. The CPU
@@ -208,8 +226,8 @@ def install_torch(session: nox.Session, python: str) -> None:
     that does not reach it fall back at once.
     """
     index = ["--extra-index-url", CPU_INDEX, "--retries", "1", "--timeout", "30"]
-    options = index if Path(CONSTRAINTS).name == "cpu.txt" else []
-    run(session, python, *PIP_INSTALL, "--no-deps", *options, "torch")
+    options = index if Path(constraints).name == "cpu.txt" else []
+    run(session, python, *PIP_INSTALL, "-c", constraints, "--no-deps", *options, "torch")
 
 
 def requirements(*names: str) -> list[str]:
@@ -217,9 +235,9 @@ def requirements(*names: str) -> list[str]:
     return [part for name in names for part in ("-r", str(ROOT / "requirements" / f"{name}.txt"))]
 
 
-def fingerprint(packages: list[str]) -> str:
+def fingerprint(packages: list[str], constraints: str) -> str:
     """Return a hash of the interpreter and of all files that decide what gets installed."""
-    digest = hashlib.sha256(f"{sys.version}{packages}{CONSTRAINTS}".encode())
+    digest = hashlib.sha256(f"{sys.version}{packages}{constraints}".encode())
     files = [*ROOT.glob("constraints/*.txt"), *ROOT.glob("requirements/*.txt")]
     for path in sorted([*files, *(ROOT / p / "pyproject.toml" for p in PACKAGES.values())]):
         digest.update(path.read_bytes())

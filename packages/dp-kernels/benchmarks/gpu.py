@@ -2,8 +2,8 @@
 
     python gpu.py [--output FOLDER] [--minutes 9]
 
-Runs the tests of the kernels on the GPU, the benchmark of every op, and whole steps at the shapes of
-Llama-3.2-1B and 3.1-8B with random weights. Each part has a share of the time that is left, so a
+Runs the tests of the kernels on the GPU, the benchmark of every op, and whole steps at the shapes
+of Llama-3.2-1B and 3.1-8B with random weights. Each part has a share of the time that is left, so a
 slow one cannot starve the others; what did not run, or failed, is recorded with the reason. Writes
 one JSON file that names the GPU, and a plot of what each op reaches.
 """
@@ -77,9 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     run = Run(time.monotonic() + 60.0 * options.minutes)
     options.output.mkdir(parents=True, exist_ok=True)
-    run.start(
-        "tests", [*_python("-m", "pytest"), "-q", "-x", str(HERE.parent / "tests")], SHARES["tests"]
-    )
+    tests = [*_python("-m", "pytest"), "-q", "-x", str(HERE.parent / "tests")]
+    run.start("tests", tests, SHARES["tests"], cwd=ROOT)
     results = _ops(run, options.output, sorted(HERE.glob("bench_*.py")))
     steps = options.output / "gpu_steps.json"
     run.start("steps", _step_command(steps, run), 1.0, cwd=ROOT)
@@ -144,7 +143,7 @@ def _plot(summary: Mapping[str, Any], path: Path) -> None:
 
     gpu = summary["machine"].get("gpu", "")
     figure, axes = pyplot.subplots(figsize=(9, 5))
-    for place, (op, cases) in enumerate(summary["ops"].items()):
+    for place, cases in enumerate(summary["ops"].values()):
         shares = [share for case in cases if (share := reached(case, gpu)) is not None]
         axes.plot([place] * len(shares), shares, "o", alpha=0.6)
     axes.set_xticks(range(len(summary["ops"])), list(summary["ops"]), rotation=60, ha="right")
