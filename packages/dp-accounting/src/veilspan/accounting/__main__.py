@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from veilspan.accounting.bounds import round_up
 from veilspan.accounting.calibration import calibrate_noise
 from veilspan.accounting.chain import LedgerError
+from veilspan.accounting.curves import CURVES, answer_curve, answer_delta, plan_of
 from veilspan.accounting.engines import (
     CertifiedEngine,
     Engine,
@@ -21,7 +22,6 @@ from veilspan.accounting.engines import (
     RdpEngine,
 )
 from veilspan.accounting.ledger import Ledger
-from veilspan.accounting.plan import PrivacyPlan
 from veilspan.accounting.plotting import plot_epsilon
 
 _ENGINES = ("certified", "pld", "prv", "rdp")
@@ -58,6 +58,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_sampling(epsilon)
     epsilon.add_argument("--engine", choices=_ENGINES, default="certified")
 
+    delta = commands.add_parser("delta", help="δ of a number of steps at a given ε")
+    delta.set_defaults(command=answer_delta)
+    delta.add_argument("--epsilon", type=_number, required=True, metavar="EPS")
+
+    curve = commands.add_parser(
+        "curve", help="points of a curve: errors, δ over ε, or ε over steps"
+    )
+    curve.set_defaults(command=answer_curve)
+    curve.add_argument("--of", choices=CURVES, default="tradeoff")
+    curve.add_argument("--points", type=int, default=12, metavar="N")
+    for command in (delta, curve):
+        _add_noise(command)
+        _add_sampling(command)
+
     noise = commands.add_parser("noise", help="least noise multiplier that keeps a target ε")
     noise.set_defaults(command=_noise)
     noise.add_argument("--target-epsilon", type=_number, required=True, metavar="EPS")
@@ -73,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     ledger = commands.add_parser("ledger", help="verify a ledger and say what it has spent")
     ledger.set_defaults(command=_ledger)
     ledger.add_argument("file", metavar="FILE")
-    for command in (epsilon, noise, plot, ledger):
+    for command in (epsilon, delta, curve, noise, plot, ledger):
         command.add_argument("--json", action="store_true", help="print one line of JSON")
     return parser
 
@@ -98,17 +112,8 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
 
 
-def _plan(options: argparse.Namespace) -> PrivacyPlan:
-    return PrivacyPlan(
-        noise_multiplier=options.noise_multiplier,
-        sampling_probability=options.sampling_probability,
-        steps=options.steps,
-        delta=options.delta,
-    )
-
-
 def _epsilon(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    plan = _plan(options)
+    plan = plan_of(options)
     bounds = plan.epsilon(engine=_engine(options.engine))
     report = {
         "epsilon": bounds.upper,  # what may be reported
@@ -159,7 +164,7 @@ def _noise(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _plot(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    plan = _plan(options)
+    plan = plan_of(options)
     path = plot_epsilon(plan, options.output, budget_epsilon=options.budget_epsilon)
     return {"file": str(path)}, f"wrote {path}"
 

@@ -1,9 +1,9 @@
-"""The mechanism whose privacy loss is counted: a Poisson-sampled Gaussian, repeated."""
+"""The mechanisms whose privacy loss is counted: Poisson-sampled Gaussians, repeated."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,49 @@ class SampledGaussian:
         check_probability("sampling_probability", self.sampling_probability)
         check_count("steps", self.steps)
 
+    @property
+    def parts(self) -> tuple[SampledGaussian, ...]:
+        """Return this mechanism as a composition of one phase."""
+        return (self,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composed:
+    """Several phases on the same data, one after the other; equal phases are merged.
+
+    Args:
+        parts: The phases, at least one. Their settings must not depend on what earlier phases
+            released.
+
+    Raises:
+        ValueError: If there is no phase.
+
+    Examples:
+        >>> warm_up = SampledGaussian(noise_multiplier=2.0, sampling_probability=0.01, steps=100)
+        >>> Composed(parts=(warm_up, warm_up)).parts[0].steps
+        200
+    """
+
+    parts: tuple[SampledGaussian, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("parts is empty; a composition needs at least one phase.")
+        steps: dict[SampledGaussian, int] = {}
+        for part in self.parts:
+            kind = replace(part, steps=1)
+            steps[kind] = steps.get(kind, 0) + part.steps
+        merged = tuple(replace(kind, steps=count) for kind, count in steps.items())
+        object.__setattr__(self, "parts", merged)
+
+    @property
+    def steps(self) -> int:
+        """Return the number of releases of all phases together."""
+        return sum(part.steps for part in self.parts)
+
+
+Mechanism = SampledGaussian | Composed
+
 
 def check_number(name: str, value: object) -> float:
     """Return `value` if it is a real number (infinity allowed, NaN and bool not).
@@ -71,3 +114,9 @@ def check_delta(value: object) -> None:
             f"delta is {value!r}; it must lie strictly between 0 and 1, "
             "and well below 1 / (number of records) to mean anything."
         )
+
+
+def check_epsilon(value: object) -> None:
+    """Raise `ValueError` unless `value` is a number of at least 0, infinity excluded."""
+    if not 0 <= check_number("epsilon", value) < math.inf:
+        raise ValueError(f"epsilon is {value!r}; it must be at least 0 and finite.")

@@ -8,24 +8,20 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
-from veilspan.accounting.bounds import EpsilonBounds
+from veilspan.accounting.bounds import DeltaBounds, EpsilonBounds
 from veilspan.accounting.calibration import calibrate_noise
 from veilspan.accounting.engines import CertifiedEngine, Engine
 from veilspan.accounting.mechanism import (
     SampledGaussian,
     check_count,
     check_delta,
-    check_number,
+    check_epsilon,
 )
+from veilspan.accounting.plan_checks import check_plan
 from veilspan.accounting.statement import write_statement
+from veilspan.accounting.tradeoff import TradeOff, find_tradeoff
 
 SCHEMA = "veilspan.accounting.plan/1"
-
-_ALLOWED = {
-    "sampling": ("poisson",),
-    "relation": ("add_remove",),
-    "noise_stream": ("aes-ctr", "philox"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,43 +68,12 @@ class PrivacyPlan:
     noise_stream: str = "aes-ctr"
 
     def __post_init__(self) -> None:
-        self._check()
+        check_plan(self)
         # 64 and 64.0 are one plan and must have one digest.
         for field in fields(self):
             value = getattr(self, field.name)
             if "float" in str(field.type) and value is not None:
                 object.__setattr__(self, field.name, float(value))
-
-    def _check(self) -> None:
-        self._mechanism(self.steps)  # checks noise_multiplier, sampling_probability, steps
-        if math.isinf(self.noise_multiplier):
-            raise ValueError("noise_multiplier is infinite; it must be finite.")
-        check_delta(self.delta)
-        self._check_clip_norm()
-        if self.expected_batch_size is not None:
-            check_number("expected_batch_size", self.expected_batch_size)
-            if not 0 < self.expected_batch_size < math.inf:
-                raise ValueError(
-                    f"expected_batch_size is {self.expected_batch_size}; it must be above 0 and "
-                    "finite: sampling_probability × number of records, never a batch's own size."
-                )
-        if not isinstance(self.unit, str) or not self.unit.strip():
-            raise ValueError(
-                f"unit is {self.unit!r}; name whose presence is hidden, as in 'record'."
-            )
-        for name, allowed in _ALLOWED.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(_unknown(name, getattr(self, name), allowed))
-
-    def _check_clip_norm(self) -> None:
-        check_number("clip_norm", self.clip_norm)
-        if not self.clip_norm > 0:
-            raise ValueError(f"clip_norm is {self.clip_norm}; it must be above 0.")
-        if math.isinf(self.clip_norm) and self.noise_multiplier > 0:
-            raise ValueError(
-                "clip_norm is infinite, but noise_multiplier is not 0: noise in proportion to an "
-                "infinite norm does not exist. Give a finite clip_norm, or noise_multiplier=0."
-            )
 
     @classmethod
     def calibrate(  # noqa: PLR0913 - the fields of a plan, with the target in place of the noise
@@ -211,9 +176,40 @@ class PrivacyPlan:
         asked = self.delta if delta is None else delta
         check_delta(asked)
         engine = CertifiedEngine() if engine is None else engine
-        return engine.epsilon(self._mechanism(steps), asked)
+        return engine.epsilon(self.mechanism(steps), asked)
 
-    def _mechanism(self, steps: int) -> SampledGaussian:
+    def delta_at(self, epsilon: float) -> DeltaBounds:
+        """Return bounds on the δ that belongs to an ε, after all of the plan's steps.
+
+        Args:
+            epsilon: The ε to answer for; at least 0.
+
+        Raises:
+            ValueError: If `epsilon` is below 0 or not a number.
+
+        Guarantee:
+            The run is (`epsilon`, `upper`)-differentially private in both directions of the plan's
+            relation, under the assumptions that `statement` names.
+        """
+        check_epsilon(epsilon)
+        return CertifiedEngine().delta(self.mechanism(self.steps), epsilon)
+
+    def tradeoff(self, points: int = 48) -> TradeOff:
+        """Return what any test for one unit's presence must put up with: its errors, at least.
+
+        Args:
+            points: Number of certified (ε, δ) that the curve is made of; more are tighter.
+
+        Raises:
+            ValueError: If `points` is below 2.
+
+        Guarantee:
+            As for `epsilon`, at every rate of false alarms.
+        """
+        return find_tradeoff(self.mechanism(self.steps), points)
+
+    def mechanism(self, steps: int) -> SampledGaussian:
+        """Return what the engines are asked about: `steps` releases of this plan."""
         return SampledGaussian(
             noise_multiplier=self.noise_multiplier,
             sampling_probability=self.sampling_probability,
@@ -278,13 +274,3 @@ class PrivacyPlan:
         except json.JSONDecodeError as error:
             raise ValueError(f"The privacy plan is not valid JSON: {error}.") from error
         return cls.from_dict(data)
-
-
-def _unknown(name: str, value: object, allowed: tuple[str, ...]) -> str:
-    way_out = {
-        "sampling": "Shuffled or fixed-size batches have another ε and must not be counted so.",
-        "relation": "The noise for replacing a record is not the noise for adding or removing one.",
-        "noise_stream": "Name the stream that really draws the noise; the statement mentions it.",
-    }
-    choices = " or ".join(repr(choice) for choice in allowed)
-    return f"{name} is {value!r}; supported is {choices}. {way_out[name]}"
