@@ -13,6 +13,7 @@ from veilspan.accounting import DeltaBounds, PrivacyPlan, TradeOff
 from veilspan.accounting.__main__ import main
 from veilspan.accounting.engines import CertifiedEngine, PldEngine, RdpEngine, SampledGaussian
 from veilspan.accounting.engines.closed_form import gaussian_log_delta
+from veilspan.accounting.engines.question import Question
 
 probabilities = st.floats(-3.0, -0.1).map(lambda e: 10.0**e)
 noises = st.floats(math.log(0.5), math.log(10.0)).map(math.exp)
@@ -69,6 +70,21 @@ def test_delta_falls_with_epsilon_and_noise_and_grows_with_steps(q, sigma, steps
     assert bounds(epsilon=epsilon + 0.5).lower <= here.upper
     assert bounds(sigma=sigma * 1.2).lower <= here.upper
     assert bounds(steps=steps + 100).upper >= here.lower
+
+
+def test_both_directions_of_delta_are_asked_and_the_worse_one_is_reported(monkeypatch):
+    mechanism = SampledGaussian(noise_multiplier=1.0, sampling_probability=0.3, steps=10)
+    original, factor = Question.delta_at, {"remove": 1.0, "add": 1.0}
+
+    def delta_at(self, epsilon, direction, bound, fineness):
+        return factor[direction] * original(self, epsilon, direction, bound, fineness)
+
+    monkeypatch.setattr(Question, "delta_at", delta_at)
+    usual = PldEngine().delta(mechanism, 1.0)
+    factor["remove"] = 0.1  # as if adding were worse
+    other = PldEngine().delta(mechanism, 1.0)
+    assert (usual.direction, other.direction) == ("remove", "add")
+    assert usual.upper > other.upper > 0.1 * usual.upper
 
 
 @pytest.mark.parametrize("sigma", [0.7, 5.0, 100.0, 1e5])

@@ -3,6 +3,7 @@
 from veilspan.accounting.bounds import DeltaBounds, EpsilonBounds
 from veilspan.accounting.chain import LedgerEntry, LedgerError
 from veilspan.accounting.ledger import BudgetExceeded, Ledger
+from veilspan.accounting.phases import Phases
 from veilspan.accounting.plan import PrivacyPlan
 from veilspan.accounting.tradeoff import TradeOff
 
@@ -13,6 +14,7 @@ __all__ = [
     "Ledger",
     "LedgerEntry",
     "LedgerError",
+    "Phases",
     "PrivacyPlan",
     "TradeOff",
 ]

@@ -21,7 +21,7 @@ from veilspan.accounting.engines import (
     PldEngine,
     RdpEngine,
 )
-from veilspan.accounting.ledger import Ledger
+from veilspan.accounting.ledger_command import add_ledger
 from veilspan.accounting.plotting import plot_epsilon
 
 _ENGINES = ("certified", "pld", "prv", "rdp")
@@ -84,9 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--output", required=True, metavar="FILE", help="PNG, SVG or PDF to write")
     plot.add_argument("--budget-epsilon", type=_number, metavar="EPS", help="line to draw")
 
-    ledger = commands.add_parser("ledger", help="verify a ledger and say what it has spent")
-    ledger.set_defaults(command=_ledger)
-    ledger.add_argument("file", metavar="FILE")
+    ledger = commands.add_parser("ledger", help="verify ledgers and say what they have spent")
+    add_ledger(ledger)
     for command in (epsilon, delta, curve, noise, plot, ledger):
         command.add_argument("--json", action="store_true", help="print one line of JSON")
     return parser
@@ -167,35 +166,6 @@ def _plot(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     plan = plan_of(options)
     path = plot_epsilon(plan, options.output, budget_epsilon=options.budget_epsilon)
     return {"file": str(path)}, f"wrote {path}"
-
-
-def _ledger(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    with Ledger.open(options.file, read_only=True) as ledger:
-        spent = ledger.spent()
-        report = {
-            "run_id": ledger.run_id,
-            "releases": ledger.releases,
-            "torn_lines": sum(entry.torn for entry in ledger.entries),
-            "epsilon": spent.upper,
-            "epsilon_lower": spent.lower,
-            "epsilon_estimate": spent.estimate,
-            "epsilon_upper": spent.upper,
-            "delta": spent.delta,
-            "budget_epsilon": ledger.budget_epsilon,
-            "most_releases": ledger.most_releases,
-            "plan": ledger.plan.to_dict(),
-            "plan_digest": ledger.plan.digest,
-        }
-        budget = (
-            "no budget"
-            if ledger.budget_epsilon is None
-            else f"budget ε = {ledger.budget_epsilon:g}, in all {ledger.most_releases} releases"
-        )
-    text = (
-        f"run {report['run_id']}: {report['releases']} releases "
-        f"({report['torn_lines']} torn lines counted), chain intact\nspent {spent}; {budget}"
-    )
-    return report, text
 
 
 def _finite(report: dict[str, Any]) -> dict[str, Any]:

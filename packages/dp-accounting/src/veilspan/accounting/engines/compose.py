@@ -190,7 +190,11 @@ class Composition:
 
     def _window(self) -> tuple[float, float]:
         """Return losses below and above which the tilted sum has at most `_OUTSIDE` mass each."""
-        shift = np.geomspace(0.3, 60.0, 32) / self._spread(self._theta)
+        spread = self._spread(self._theta)
+        # Weak shifts serve losses that are rare and large against the spread.
+        shift = np.concatenate(
+            [np.geomspace(0.3, 60.0, 32) / spread, np.geomspace(0.3, max(0.3 / spread, 0.4), 12)]
+        )
         centre = self._log_moments(np.array([self._theta]))
         above = self._log_moments(self._theta + shift) - centre
         below = self._log_moments(self._theta - shift) - centre

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -25,6 +25,7 @@ _MARGIN = 1e-9
 _UNDERFLOW = 1e-300  # a δ below this is reported as this
 _ROUGH_TRANSFORM = 1 << 14
 _COARSENINGS = 12
+_GUESSES = 2
 
 
 @dataclass(frozen=True)
@@ -35,18 +36,29 @@ class Question:
         parts: The phases, each releasing something: at least one step, noise, and `0 < q`.
         delta: The δ at which ε is asked, or the order of magnitude of the δ that is asked.
         largest_transform: Most points of one Fourier transform.
+        guesses: About where ε lies in each direction, once that is known.
     """
 
     parts: tuple[SampledGaussian, ...]
     delta: float
     largest_transform: int
+    guesses: dict[OneDirection, float | None] = field(default_factory=dict, compare=False)
 
     def epsilon(self, direction: OneDirection, bound: Bound, fineness: float) -> float:
         """Return a bound on ε from a grid of `fineness`, or one that just fits the transform."""
-        composed = self._compose(direction, bound, fineness, self._rough(direction))
-        if bound == "upper":
-            return composed.upper_epsilon() * (1 + _MARGIN) + self._rounding
-        return max(composed.lower_epsilon() * (1 - _MARGIN) - self._rounding, 0.0)
+        if direction not in self.guesses:
+            self.guesses[direction] = self._rough(direction)
+        best = math.inf
+        for _ in range(_GUESSES):
+            guess = self.guesses[direction]
+            composed = self._compose(direction, bound, fineness, guess)
+            if bound == "lower":
+                return max(composed.lower_epsilon() * (1 - _MARGIN) - self._rounding, 0.0)
+            best = min(best, composed.upper_epsilon() * (1 + _MARGIN) + self._rounding)
+            if guess is None or best >= 0.9 * guess:
+                break
+            self.guesses[direction] = 0.95 * best  # too large a guess makes the window too wide
+        return best
 
     def delta_at(
         self, epsilon: float, direction: OneDirection, bound: Bound, fineness: float
