@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,10 +18,13 @@ from veilspan.accounting.engines import (
     CertifiedEngine,
     Composed,
     EngineError,
+    PldEngine,
     RdpEngine,
     SampledGaussian,
 )
 from veilspan.accounting.engines.closed_form import gaussian_epsilon
+from veilspan.accounting.engines.compose import Composition
+from veilspan.accounting.engines.discretise import GridLoss
 from veilspan.accounting.engines.prv import PrvEngine
 from veilspan.accounting.engines.question import Question
 
@@ -88,6 +92,26 @@ def test_two_different_releases_equal_the_integral_over_the_first(direction, fir
         assert exact <= upper * (1 + 1e-9) + 1e-12
         assert upper <= exact * 1.01 + 1e-8
         assert lower >= exact * 0.99 - 1e-8
+
+
+def test_infinite_losses_of_all_phases_are_counted():
+    one = GridLoss(0.0, 0.1, np.array([0]), np.array([0.9]), 0.1)
+    two = GridLoss(0.0, 0.1, np.array([0]), np.array([0.8]), 0.2)
+    composed = Composition([(one, 2), (two, 1)], 0.5, largest_transform=1 << 10)
+    exact = pytest.approx(1 - 0.9**2 * 0.8, rel=1e-9)
+    assert composed.upper_delta(1.0) == exact
+    assert composed.lower_delta(1.0) == exact
+
+
+def test_bounds_that_contradict_each_other_are_refused(monkeypatch):
+    original = Question.epsilon
+
+    def too_small(self, direction, bound, fineness):
+        return original(self, direction, bound, fineness) * (0.9 if bound == "upper" else 1.0)
+
+    monkeypatch.setattr(Question, "epsilon", too_small)
+    with pytest.raises(EngineError, match="contradict"):
+        PldEngine().epsilon(part(0.1, 1.0, 10), 1e-5)
 
 
 def test_equal_phases_merge_into_one():

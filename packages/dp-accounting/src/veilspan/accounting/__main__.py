@@ -22,6 +22,7 @@ from veilspan.accounting.engines import (
     RdpEngine,
 )
 from veilspan.accounting.ledger_command import add_ledger
+from veilspan.accounting.mechanism import RELATIONS
 from veilspan.accounting.plotting import plot_epsilon
 
 _ENGINES = ("certified", "pld", "prv", "rdp")
@@ -101,6 +102,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, required=True, metavar="T")
     parser.add_argument("--delta", type=_number, required=True, metavar="DELTA")
+    parser.add_argument("--relation", choices=RELATIONS, default="add_remove")
 
 
 def _number(text: str) -> float:
@@ -145,6 +147,7 @@ def _noise(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         delta=options.delta,
         sampling_probability=options.sampling_probability,
         steps=options.steps,
+        relation=options.relation,
     )
     report = {
         "noise_multiplier": bracket.noise_multiplier,
@@ -154,6 +157,7 @@ def _noise(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "delta": options.delta,
         "sampling_probability": options.sampling_probability,
         "steps": options.steps,
+        "relation": options.relation,
     }
     text = (
         f"noise multiplier {round_up(bracket.noise_multiplier, 6)}\n"

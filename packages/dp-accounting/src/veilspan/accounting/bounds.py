@@ -14,7 +14,7 @@ Direction = Literal["remove", "add", "both"]
 class EpsilonBounds:
     """Bounds on the smallest ε for which the mechanism is (ε, δ)-differentially private.
 
-    Only `upper` may be reported: it holds for adding and for removing a record.
+    Only `upper` may be reported: it holds in both directions of the neighbouring relation.
 
     Args:
         lower: The true ε is at least this.
@@ -29,7 +29,7 @@ class EpsilonBounds:
 
     Guarantee:
         Whoever builds one promises `lower ≤ ε ≤ upper` for the exact ε of the mechanism under
-        add/remove adjacency, rounding of the last digits of a double included.
+        its neighbouring relation, rounding of the last digits of a double included.
     """
 
     lower: float

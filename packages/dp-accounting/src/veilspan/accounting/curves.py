@@ -23,6 +23,7 @@ def plan_of(options: argparse.Namespace) -> PrivacyPlan:
         sampling_probability=options.sampling_probability,
         steps=options.steps,
         delta=options.delta,
+        relation=options.relation,
     )
 
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+RELATIONS = ("add_remove", "replace")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampledGaussian:
     """`steps` releases, each a sum over a fresh Poisson sample plus Gaussian noise.
 
     With the sensitivity scaled to 1, one release on a data set with the record of interest is
-    distributed as `(1 - q) N(0, σ²) + q N(1, σ²)`, and without it as `N(0, σ²)`.
+    distributed as `(1 - q) N(0, σ²) + q N(1, σ²)`, and without it as `N(0, σ²)`. With another value
+    of the record it is at worst `(1 - q) N(0, σ²) + q N(-1, σ²)`.
 
     Args:
         noise_multiplier: σ, the noise standard deviation divided by the sensitivity; at least 0.
         sampling_probability: q, the chance of each record to be in a step's sample; in [0, 1].
         steps: Number of releases T; at least 0.
+        relation: What two data sets may differ in: one record more or less ("add_remove"), or the
+            value of one record ("replace").
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -29,6 +34,7 @@ class SampledGaussian:
     noise_multiplier: float
     sampling_probability: float
     steps: int
+    relation: str = "add_remove"
 
     def __post_init__(self) -> None:
         check_number("noise_multiplier", self.noise_multiplier)
@@ -39,6 +45,17 @@ class SampledGaussian:
             )
         check_probability("sampling_probability", self.sampling_probability)
         check_count("steps", self.steps)
+        if self.relation not in RELATIONS:
+            choices = " or ".join(repr(relation) for relation in RELATIONS)
+            raise ValueError(
+                f"relation is {self.relation!r}; supported is {choices}. "
+                "The noise for one relation is not the noise for another."
+            )
+
+    @property
+    def distance(self) -> float:
+        """Return how far apart two outputs without noise can be, a contribution's norm being 1."""
+        return 2.0 if self.relation == "replace" else 1.0
 
     @property
     def parts(self) -> tuple[SampledGaussian, ...]:
@@ -55,7 +72,7 @@ class Composed:
             released.
 
     Raises:
-        ValueError: If there is no phase.
+        ValueError: If there is no phase, or the phases' relations differ.
 
     Examples:
         >>> warm_up = SampledGaussian(noise_multiplier=2.0, sampling_probability=0.01, steps=100)
@@ -68,6 +85,8 @@ class Composed:
     def __post_init__(self) -> None:
         if not self.parts:
             raise ValueError("parts is empty; a composition needs at least one phase.")
+        if len({part.relation for part in self.parts}) > 1:
+            raise ValueError("relation differs between the phases; a sum holds for one relation.")
         steps: dict[SampledGaussian, int] = {}
         for part in self.parts:
             kind = replace(part, steps=1)

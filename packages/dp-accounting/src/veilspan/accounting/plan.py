@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from veilspan.accounting.bounds import DeltaBounds, EpsilonBounds
-from veilspan.accounting.calibration import calibrate_noise
+from veilspan.accounting.calibration import find_noise
 from veilspan.accounting.engines import CertifiedEngine, Engine
 from veilspan.accounting.mechanism import (
     SampledGaussian,
@@ -42,7 +42,8 @@ class PrivacyPlan:
             where it is not known to the plan. ε does not depend on it.
         unit: Whose presence is hidden, in the singular: "record", "document", "user".
         sampling: Sampling law; "poisson" only: every record independently with chance q.
-        relation: Neighbouring relation; "add_remove" only: one unit more or less.
+        relation: Neighbouring relation: "add_remove", one unit more or less; or "replace", one unit
+            exchanged for another, which costs more.
         noise_stream: Where the noise comes from: "aes-ctr" (cryptographic) or "philox" (fast).
 
     Raises:
@@ -131,13 +132,8 @@ class PrivacyPlan:
         }
         if not (isinstance(clip_norm, (int, float)) and math.isfinite(clip_norm)):
             raise ValueError(f"clip_norm is {clip_norm}; it must be finite where noise is added.")
-        cls(noise_multiplier=1.0, **rest)  # refuses the other arguments before the search
-        bracket = calibrate_noise(
-            target_epsilon=target_epsilon,
-            delta=delta,
-            sampling_probability=sampling_probability,
-            steps=steps,
-        )
+        draft = cls(noise_multiplier=1.0, **rest)  # refuses other arguments before the search
+        bracket = find_noise(draft.mechanism(steps), target_epsilon, delta)
         return cls(noise_multiplier=bracket.noise_multiplier, **rest)
 
     def epsilon(self, delta: float | None = None, *, engine: Engine | None = None) -> EpsilonBounds:
@@ -214,6 +210,7 @@ class PrivacyPlan:
             noise_multiplier=self.noise_multiplier,
             sampling_probability=self.sampling_probability,
             steps=steps,
+            relation=self.relation,
         )
 
     def statement(self) -> str:

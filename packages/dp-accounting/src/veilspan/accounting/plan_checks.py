@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from veilspan.accounting.mechanism import check_delta, check_number
+from veilspan.accounting.mechanism import RELATIONS, check_delta, check_number
 
 if TYPE_CHECKING:
     from veilspan.accounting.plan import PrivacyPlan
 
 _ALLOWED = {
     "sampling": ("poisson",),
-    "relation": ("add_remove",),
+    "relation": RELATIONS,
     "noise_stream": ("aes-ctr", "philox"),
 }
 

@@ -23,6 +23,25 @@ _STREAMS = {
     ),
 }
 
+_CHANGES = {
+    "add_remove": "adding or removing one {unit}",
+    "replace": "replacing one {unit} by another",
+}
+_QUESTIONS = {
+    "add_remove": "whether a given {unit} was in the training data",
+    "replace": "which of two given {unit}s was in the training data",
+}
+_RELATIONS = {
+    "add_remove": (
+        "The neighbouring relation is add or remove: data sets that differ by one {unit}. "
+        "Replacing one {unit} by another counts as two changes."
+    ),
+    "replace": (
+        "The neighbouring relation is replace: data sets of one size in which one {unit} differs. "
+        "How many {unit}s there are is taken to be public."
+    ),
+}
+
 _NOT_COVERED = (
     "Choosing hyper-parameters by looking at several runs: every run whose result was looked at "
     "has spent a budget of its own.",
@@ -65,16 +84,16 @@ def _guarantee(plans: tuple[PrivacyPlan, ...], bounds: EpsilonBounds) -> str:
             "NO PRIVACY GUARANTEE: the noise multiplier is 0, so ε is infinite. "
             "Use this for tests and debugging only."
         )
-    unit = plans[0].unit
+    unit, relation = plans[0].unit, plans[0].relation
     steps = f"{sum(plan.steps for plan in plans):,} steps"
     if len(plans) > 1:
         steps += f" in {len(plans)} phases"
     return (
         f"After {steps} the trained model and everything released with it are "
         f"(ε, δ)-differentially private with ε ≤ {round_up(bounds.upper)} and "
-        f"δ = {bounds.delta:g}, with respect to adding or removing one {unit}. "
-        f"Whatever is published, nobody can tell whether a given {unit} was in the training "
-        f"data with odds more than e^ε times what they were before, except with probability δ. "
+        f"δ = {bounds.delta:g}, with respect to {_CHANGES[relation].format(unit=unit)}. "
+        f"Whatever is published, nobody can tell {_QUESTIONS[relation].format(unit=unit)} "
+        f"with odds more than e^ε times what they were before, except with probability δ. "
         f"The number is an upper bound ({bounds.method}; both directions counted, the worse one "
         f"printed); the exact ε is at least {_round_down(bounds.lower)}."
     )
@@ -136,8 +155,7 @@ def _shared_assumptions(plan: PrivacyPlan) -> list[str]:
     return [
         "The keys of the sampler and of the noise are random, secret, and never published: who "
         "knows them can undo both.",
-        f"The neighbouring relation is add or remove: data sets that differ by one {plan.unit}. "
-        f"Replacing one {plan.unit} by another counts as two changes.",
+        _RELATIONS[plan.relation].format(unit=plan.unit),
         f"The unit of privacy is one {plan.unit}. Whoever contributed several is protected less: "
         f"k of them are a group of size k.",
         _STREAMS[plan.noise_stream],

@@ -19,6 +19,8 @@ from veilspan.accounting.engines.protocol import EngineError
 from veilspan.accounting.engines.rdp import RdpEngine
 from veilspan.accounting.mechanism import Mechanism
 
+_WITHOUT_SAMPLING = "Gaussian without sampling"
+_TROUBLE = (EngineError, FloatingPointError, OverflowError)
 _Bounds = TypeVar("_Bounds", EpsilonBounds, DeltaBounds)
 
 
@@ -39,24 +41,46 @@ class CertifiedEngine:
         exact = closed_form(mechanism, delta)
         if exact is not None:
             return exact
+        mu = distance_without_sampling(live_parts(mechanism))
+        loosest = gaussian_epsilon(mu, delta) * (1 + 1e-10)
         try:
             bounds = self.pld.epsilon(mechanism, delta)
-        except (EngineError, FloatingPointError, OverflowError):
-            bounds = self.rdp.epsilon(mechanism, delta)
-        mu = distance_without_sampling(live_parts(mechanism))
-        return _at_most(bounds, gaussian_epsilon(mu, delta) * (1 + 1e-10), "ε")
+        except _TROUBLE:
+            try:
+                bounds = self.rdp.epsilon(mechanism, delta)
+            except EngineError:
+                return EpsilonBounds(
+                    lower=0.0,
+                    estimate=loosest,
+                    upper=loosest,
+                    delta=delta,
+                    direction="both",
+                    method=_WITHOUT_SAMPLING,
+                )
+        return _at_most(bounds, loosest, "ε")
 
     def delta(self, mechanism: Mechanism, epsilon: float) -> DeltaBounds:
         """Return bounds on δ at `epsilon`; `method` names the engine that answered."""
         exact = closed_form_delta(mechanism, epsilon)
         if exact is not None:
             return exact
+        mu = distance_without_sampling(live_parts(mechanism))
+        loosest = gaussian_delta(epsilon, mu, +1)
         try:
             bounds = self.pld.delta(mechanism, epsilon)
-        except (EngineError, FloatingPointError, OverflowError):
-            bounds = self.rdp.delta(mechanism, epsilon)
-        mu = distance_without_sampling(live_parts(mechanism))
-        return _at_most(bounds, gaussian_delta(epsilon, mu, +1), "δ")
+        except _TROUBLE:
+            try:
+                bounds = self.rdp.delta(mechanism, epsilon)
+            except EngineError:
+                return DeltaBounds(
+                    lower=0.0,
+                    estimate=loosest,
+                    upper=loosest,
+                    epsilon=epsilon,
+                    direction="both",
+                    method=_WITHOUT_SAMPLING,
+                )
+        return _at_most(bounds, loosest, "δ")
 
 
 def _at_most(bounds: _Bounds, upper: float, name: str) -> _Bounds:
@@ -77,5 +101,5 @@ def _at_most(bounds: _Bounds, upper: float, name: str) -> _Bounds:
         bounds,
         upper=upper,
         estimate=min(bounds.estimate, upper),
-        method=f"Gaussian without sampling (tighter than {bounds.method})",
+        method=f"{_WITHOUT_SAMPLING} (tighter than {bounds.method})",
     )

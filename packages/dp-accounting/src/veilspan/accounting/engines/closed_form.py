@@ -32,7 +32,9 @@ def live_parts(mechanism: Mechanism) -> tuple[SampledGaussian, ...]:
 
 def distance_without_sampling(parts: tuple[SampledGaussian, ...]) -> float:
     """Return the distance of the means over the noise if every record were in every sample."""
-    return math.sqrt(sum(part.steps / part.noise_multiplier**2 for part in parts))
+    return math.sqrt(
+        sum(part.steps * (part.distance / part.noise_multiplier) ** 2 for part in parts)
+    )
 
 
 def closed_form(mechanism: Mechanism, delta: float) -> EpsilonBounds | None:

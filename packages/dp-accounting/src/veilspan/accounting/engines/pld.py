@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 from veilspan.accounting.bounds import DeltaBounds, Direction, EpsilonBounds
 from veilspan.accounting.engines.closed_form import closed_form, closed_form_delta, live_parts
-from veilspan.accounting.engines.question import COARSE, Question
+from veilspan.accounting.engines.protocol import EngineError
+from veilspan.accounting.engines.question import COARSE, OneDirection, Question
 from veilspan.accounting.engines.rdp import RdpEngine
 from veilspan.accounting.mechanism import Mechanism
 
 _FINENESS = (COARSE, 0.012, 0.005)  # grid spacing in standard deviations of one step's loss
 _DELTA_WIDTH = 20  # how much wider than ε, relative, the bounds on δ may be
 _METHOD = "privacy loss distribution"
+_CONTRADICTION = 1e-6
 _SMALLEST_DELTA = 1e-280
 
 
@@ -32,9 +34,9 @@ class PldEngine:
         ValueError: If an argument is not positive.
 
     Guarantee:
-        `lower ≤ ε ≤ upper` over both directions of add/remove adjacency. Discretisation, truncation
-        and aliasing are bounded by proof, rounding of doubles by margins that the tests check
-        against closed forms and integrals.
+        `lower ≤ ε ≤ upper` over both directions of add/remove, or of replace. Discretisation,
+        truncation and aliasing are bounded by proof, rounding of doubles by margins that the tests
+        check against closed forms and integrals.
     """
 
     relative_width: float = 5e-4
@@ -68,12 +70,14 @@ class PldEngine:
         return bounds
 
     def _bounds(self, question: Question, fineness: float) -> EpsilonBounds:
-        remove = question.epsilon("remove", "upper", fineness)
-        add = question.epsilon("add", "upper", fineness)
-        upper, direction = (remove, "remove") if remove >= add else (add, "add")
-        lower = 0.0
+        uppers: dict[OneDirection, float] = {
+            d: question.epsilon(d, "upper", fineness) for d in question.directions
+        }
+        worse = max(uppers, key=lambda d: uppers[d])
+        lower, upper = 0.0, uppers[worse]
         if not self.one_sided:
-            lower = min(question.epsilon(direction, "lower", fineness), upper)
+            lower = _ordered(question.epsilon(worse, "lower", fineness), upper)
+        direction: Direction = worse if len(uppers) > 1 else "both"
         return _between(lower, upper, question.delta, direction)
 
     def delta(self, mechanism: Mechanism, epsilon: float) -> DeltaBounds:
@@ -89,7 +93,9 @@ class PldEngine:
         if exact is not None:
             return exact
         parts = live_parts(mechanism)
-        best = RdpEngine().delta(mechanism, epsilon)
+        best = _delta_between(0.0, 1.0, epsilon, "both")
+        if parts[0].relation == "add_remove":
+            best = _tighter_delta(best, RdpEngine().delta(mechanism, epsilon))
         for fineness in _FINENESS:
             while True:  # the grid is made for a δ: ask again until it is made for about this one
                 scale = max(best.upper, _SMALLEST_DELTA)
@@ -105,13 +111,29 @@ class PldEngine:
         return best
 
     def _delta_bounds(self, question: Question, epsilon: float, fineness: float) -> DeltaBounds:
-        remove = question.delta_at(epsilon, "remove", "upper", fineness)
-        add = question.delta_at(epsilon, "add", "upper", fineness)
-        upper, direction = (remove, "remove") if remove >= add else (add, "add")
-        lower = 0.0
+        uppers: dict[OneDirection, float] = {
+            d: question.delta_at(epsilon, d, "upper", fineness) for d in question.directions
+        }
+        worse = max(uppers, key=lambda d: uppers[d])
+        lower, upper = 0.0, uppers[worse]
         if not self.one_sided:
-            lower = min(question.delta_at(epsilon, direction, "lower", fineness), upper)
+            lower = _ordered(question.delta_at(epsilon, worse, "lower", fineness), upper)
+        direction: Direction = worse if len(uppers) > 1 else "both"
         return _delta_between(lower, upper, epsilon, direction)
+
+
+def _ordered(lower: float, upper: float) -> float:
+    """Return `lower`, or `upper` where only rounding puts it below.
+
+    Raises:
+        EngineError: If the two contradict each other, so that one of them must be wrong.
+    """
+    if lower > upper * (1 + _CONTRADICTION):
+        raise EngineError(
+            f"two bounds contradict each other: at least {lower} and at most {upper}. This is a "
+            "bug in veilspan.accounting; please report it with the plan that led here."
+        )
+    return min(lower, upper)
 
 
 def _between(lower: float, upper: float, delta: float, direction: Direction) -> EpsilonBounds:

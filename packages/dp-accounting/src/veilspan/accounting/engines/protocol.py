@@ -13,7 +13,7 @@ class EngineError(RuntimeError):
 
 
 class Engine(Protocol):
-    """Bound the ε of a mechanism in both directions of add/remove adjacency."""
+    """Bound the ε of a mechanism in both directions of its neighbouring relation."""
 
     def epsilon(self, mechanism: Mechanism, delta: float) -> EpsilonBounds:
         """Return bounds on ε at `delta`.
@@ -22,6 +22,6 @@ class Engine(Protocol):
             EngineError: If the engine cannot give a valid bound for this case.
 
         Guarantee:
-            `upper` is at least the exact ε in the add and in the remove direction.
+            `upper` is at least the exact ε in both directions.
         """
         ...

@@ -80,15 +80,16 @@ class PrvEngine:
         """Return bounds on ε at `delta`.
 
         Raises:
-            EngineError: If prv-accountant cannot answer soundly within the domain allowed, or there
-                are several phases.
+            EngineError: If prv-accountant cannot answer soundly within the domain allowed, there
+                are several phases, or the relation is not add/remove.
         """
         exact = closed_form(mechanism, delta)
         if exact is not None:
             return exact
-        if not isinstance(mechanism, SampledGaussian):
+        if not isinstance(mechanism, SampledGaussian) or mechanism.relation != "add_remove":
             raise EngineError(
-                "prv-accountant is asked about one phase only; use the default engine"
+                "prv-accountant is asked about one phase under add/remove only; use the default "
+                "engine"
             )
         error = self.relative_error * RdpEngine().epsilon(mechanism, delta).upper
         for _ in range(_ROUNDS):

@@ -72,6 +72,11 @@ class Question:
         return composed.lower_delta(above) * (1 - _MARGIN)
 
     @property
+    def directions(self) -> tuple[OneDirection, ...]:
+        """Return the directions to ask for; replacing is its own reverse."""
+        return ("remove",) if self.parts[0].relation == "replace" else ("remove", "add")
+
+    @property
     def _steps(self) -> int:
         return sum(part.steps for part in self.parts)
 
@@ -119,7 +124,9 @@ class Question:
 def _step(part: SampledGaussian) -> OneStep | SymmetricStep:
     q, sigma = part.sampling_probability, part.noise_multiplier
     if q == 1:
-        return SymmetricStep(1.0, sigma * 2)  # means 1 apart instead of 2
+        return SymmetricStep(1.0, sigma * 2 / part.distance)
+    if part.relation == "replace":
+        return SymmetricStep(q, sigma)
     return OneStep(part)
 
 

@@ -11,6 +11,7 @@ from scipy.special import gammaln, logsumexp
 
 from veilspan.accounting.bounds import DeltaBounds, EpsilonBounds
 from veilspan.accounting.engines.closed_form import closed_form, closed_form_delta, live_parts
+from veilspan.accounting.engines.protocol import EngineError
 from veilspan.accounting.mechanism import Mechanism, SampledGaussian
 
 ORDERS = np.unique(
@@ -25,13 +26,18 @@ class RdpEngine:
     """Bound ε by the best integer order of the Rényi divergence; the lower bound is 0.
 
     Guarantee:
-        The moment of the remove direction is at least that of the add direction (Mironov, Talwar,
-        Zhang 2019, https://arxiv.org/abs/1908.10530, Theorem 5), so one number covers both.
+        For add/remove only. The moment of the remove direction is at least that of the add
+        direction (Mironov, Talwar, Zhang 2019, https://arxiv.org/abs/1908.10530, Theorem 5), so one
+        number covers both.
         Converted by Canonne, Kamath, Steinke (2020), https://arxiv.org/abs/2004.00010, Prop. 12.
     """
 
     def epsilon(self, mechanism: Mechanism, delta: float) -> EpsilonBounds:
-        """Return `0 ≤ ε ≤ upper` at `delta`."""
+        """Return `0 ≤ ε ≤ upper` at `delta`.
+
+        Raises:
+            EngineError: If the relation is not add/remove.
+        """
         exact = closed_form(mechanism, delta)
         if exact is not None:
             return exact
@@ -47,7 +53,11 @@ class RdpEngine:
         )
 
     def delta(self, mechanism: Mechanism, epsilon: float) -> DeltaBounds:
-        """Return `0 ≤ δ ≤ upper` at `epsilon`."""
+        """Return `0 ≤ δ ≤ upper` at `epsilon`.
+
+        Raises:
+            EngineError: If the relation is not add/remove.
+        """
         exact = closed_form_delta(mechanism, epsilon)
         if exact is not None:
             return exact
@@ -66,6 +76,8 @@ class RdpEngine:
 def _terms(mechanism: Mechanism) -> list[tuple[int, float]]:
     """Return each order with the Rényi divergence of all phases together."""
     parts = live_parts(mechanism)
+    if any(part.relation != "add_remove" for part in parts):
+        raise EngineError("moments are known for add/remove only; use the default engine")
     return [
         (order, sum(part.steps * log_moment(order, part) for part in parts) / (order - 1))
         for order in map(int, ORDERS)

@@ -96,7 +96,7 @@ class SymmetricStep:
         """Cut the loss at `spacing` · i on both sides of 0; also return P below the first node."""
         last = max(1, math.ceil(largest / spacing))
         fine = math.ceil(FINE_DEVIATIONS * self.loss_scale() / spacing)
-        right = distances(last, fine)
+        right = np.unique(distances(last, fine))
         index = np.concatenate([-right[:0:-1], right])
         t = spacing * index
         if t[-1] > LARGEST_LOSS + 100:
