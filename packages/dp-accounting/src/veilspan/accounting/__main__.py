@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Any, NoReturn
 
 from veilspan.accounting.bounds import round_up
-from veilspan.accounting.calibration import calibrate_noise
+from veilspan.accounting.calibration import find_noise
 from veilspan.accounting.chain import LedgerError
 from veilspan.accounting.curves import CURVES, answer_curve, answer_delta, plan_of
 from veilspan.accounting.engines import (
@@ -23,6 +23,7 @@ from veilspan.accounting.engines import (
 )
 from veilspan.accounting.ledger_command import add_ledger
 from veilspan.accounting.mechanism import RELATIONS
+from veilspan.accounting.plan_checks import SAMPLINGS
 from veilspan.accounting.plotting import plot_epsilon
 
 _ENGINES = ("certified", "pld", "prv", "rdp")
@@ -103,6 +104,9 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, required=True, metavar="T")
     parser.add_argument("--delta", type=_number, required=True, metavar="DELTA")
     parser.add_argument("--relation", choices=RELATIONS, default="add_remove")
+    parser.add_argument("--sampling", choices=SAMPLINGS, default="poisson")
+    parser.add_argument("--batch-cap", type=int, metavar="B", help="for truncated_poisson")
+    parser.add_argument("--most-records", type=int, metavar="N", help="for truncated_poisson")
 
 
 def _number(text: str) -> float:
@@ -128,6 +132,7 @@ def _epsilon(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "sampling_probability": plan.sampling_probability,
         "steps": plan.steps,
         "relation": plan.relation,
+        "sampling": plan.sampling,
     }
     text = f"{bounds}\nexact ε is at least {bounds.lower:.6g}; method: {bounds.method}"
     return report, text
@@ -142,13 +147,9 @@ def _engine(name: str) -> Engine:
 
 
 def _noise(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    bracket = calibrate_noise(
-        target_epsilon=options.target_epsilon,
-        delta=options.delta,
-        sampling_probability=options.sampling_probability,
-        steps=options.steps,
-        relation=options.relation,
-    )
+    options.noise_multiplier = 1.0  # any, to describe the rest of the plan
+    draft = plan_of(options)
+    bracket = find_noise(draft.mechanism(draft.steps), options.target_epsilon, draft.delta)
     report = {
         "noise_multiplier": bracket.noise_multiplier,
         "noise_multiplier_too_small": bracket.too_small,
@@ -158,6 +159,7 @@ def _noise(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "sampling_probability": options.sampling_probability,
         "steps": options.steps,
         "relation": options.relation,
+        "sampling": options.sampling,
     }
     text = (
         f"noise multiplier {round_up(bracket.noise_multiplier, 6)}\n"

@@ -24,6 +24,9 @@ def plan_of(options: argparse.Namespace) -> PrivacyPlan:
         steps=options.steps,
         delta=options.delta,
         relation=options.relation,
+        sampling=options.sampling,
+        batch_cap=options.batch_cap,
+        most_records=options.most_records,
     )
 
 

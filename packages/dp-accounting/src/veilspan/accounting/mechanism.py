@@ -22,6 +22,8 @@ class SampledGaussian:
         steps: Number of releases T; at least 0.
         relation: What two data sets may differ in: one record more or less ("add_remove"), or the
             value of one record ("replace").
+        overflow: Chance, at most, that one step's sample is larger than what is processed, so that
+            it is cut; 0 where samples of any size are.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -35,6 +37,7 @@ class SampledGaussian:
     sampling_probability: float
     steps: int
     relation: str = "add_remove"
+    overflow: float = 0.0
 
     def __post_init__(self) -> None:
         check_number("noise_multiplier", self.noise_multiplier)
@@ -45,6 +48,7 @@ class SampledGaussian:
             )
         check_probability("sampling_probability", self.sampling_probability)
         check_count("steps", self.steps)
+        check_probability("overflow", self.overflow)
         if self.relation not in RELATIONS:
             choices = " or ".join(repr(relation) for relation in RELATIONS)
             raise ValueError(

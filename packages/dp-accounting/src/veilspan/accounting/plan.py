@@ -11,6 +11,7 @@ from typing import Any, Self
 from veilspan.accounting.bounds import DeltaBounds, EpsilonBounds
 from veilspan.accounting.calibration import find_noise
 from veilspan.accounting.engines import CertifiedEngine, Engine
+from veilspan.accounting.engines.overflow import overflow_probability
 from veilspan.accounting.mechanism import (
     SampledGaussian,
     check_count,
@@ -22,6 +23,8 @@ from veilspan.accounting.statement import write_statement
 from veilspan.accounting.tradeoff import TradeOff, find_tradeoff
 
 SCHEMA = "veilspan.accounting.plan/1"
+# Not written where they are None, as plans without them have digests that ledgers hold.
+_LEFT_OUT = ("batch_cap", "most_records")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +44,15 @@ class PrivacyPlan:
         expected_batch_size: The public constant by which sums are divided, in records; `None`
             where it is not known to the plan. ε does not depend on it.
         unit: Whose presence is hidden, in the singular: "record", "document", "user".
-        sampling: Sampling law; "poisson" only: every record independently with chance q.
+        sampling: Sampling law: "poisson", every record independently with chance q;
+            "truncated_poisson", the same with samples cut to `batch_cap`; "full_batch", every
+            record in every step.
         relation: Neighbouring relation: "add_remove", one unit more or less; or "replace", one unit
             exchanged for another, which costs more.
         noise_stream: Where the noise comes from: "aes-ctr" (cryptographic) or "philox" (fast).
+        batch_cap: With "truncated_poisson", the most records a step processes; a larger sample is
+            cut in any way. The chance of a cut is charged to δ.
+        most_records: With "truncated_poisson", a public bound on the number of records.
 
     Raises:
         ValueError: If a value is out of range or a name is unknown.
@@ -67,6 +75,8 @@ class PrivacyPlan:
     sampling: str = "poisson"
     relation: str = "add_remove"
     noise_stream: str = "aes-ctr"
+    batch_cap: int | None = None
+    most_records: int | None = None
 
     def __post_init__(self) -> None:
         check_plan(self)
@@ -90,6 +100,8 @@ class PrivacyPlan:
         sampling: str = "poisson",
         relation: str = "add_remove",
         noise_stream: str = "aes-ctr",
+        batch_cap: int | None = None,
+        most_records: int | None = None,
     ) -> Self:
         """Return the plan with the least noise that is certified to keep `target_epsilon`.
 
@@ -104,6 +116,8 @@ class PrivacyPlan:
             sampling: See the class.
             relation: See the class.
             noise_stream: See the class.
+            batch_cap: See the class.
+            most_records: See the class.
 
         Raises:
             ValueError: If an argument is out of range or the target cannot be reached.
@@ -129,6 +143,8 @@ class PrivacyPlan:
             "sampling": sampling,
             "relation": relation,
             "noise_stream": noise_stream,
+            "batch_cap": batch_cap,
+            "most_records": most_records,
         }
         if not (isinstance(clip_norm, (int, float)) and math.isfinite(clip_norm)):
             raise ValueError(f"clip_norm is {clip_norm}; it must be finite where noise is added.")
@@ -211,7 +227,19 @@ class PrivacyPlan:
             sampling_probability=self.sampling_probability,
             steps=steps,
             relation=self.relation,
+            overflow=self._overflow,
         )
+
+    @property
+    def _overflow(self) -> float:
+        if self.batch_cap is None or self.most_records is None:
+            return 0.0
+        return overflow_probability(self.most_records, self.sampling_probability, self.batch_cap)
+
+    @property
+    def cut_probability(self) -> float:
+        """Return the chance, at most, that any step of the plan has to cut its sample."""
+        return min(self.steps * self._overflow, 1.0)
 
     def statement(self) -> str:
         """Return the guarantee in plain words, with every assumption it rests on."""
@@ -225,6 +253,9 @@ class PrivacyPlan:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields and the schema as plain values; an infinite number becomes "inf"."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in _LEFT_OUT:
+            if values[name] is None:
+                del values[name]
         for name, value in values.items():
             if isinstance(value, float) and math.isinf(value):
                 values[name] = "inf"

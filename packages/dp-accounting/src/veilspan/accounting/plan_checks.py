@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from veilspan.accounting.mechanism import RELATIONS, check_delta, check_number
+from veilspan.accounting.mechanism import (
+    RELATIONS,
+    SampledGaussian,
+    check_delta,
+    check_number,
+)
 
 if TYPE_CHECKING:
     from veilspan.accounting.plan import PrivacyPlan
 
+SAMPLINGS = ("poisson", "truncated_poisson", "full_batch")
 _ALLOWED = {
-    "sampling": ("poisson",),
+    "sampling": SAMPLINGS,
     "relation": RELATIONS,
     "noise_stream": ("aes-ctr", "philox"),
 }
@@ -19,7 +25,7 @@ _ALLOWED = {
 
 def check_plan(plan: PrivacyPlan) -> None:
     """Raise `ValueError` that names the field, unless every field of the plan makes sense."""
-    plan.mechanism(plan.steps)  # checks noise_multiplier, sampling_probability, steps
+    check_mechanism(plan)
     if math.isinf(plan.noise_multiplier):
         raise ValueError("noise_multiplier is infinite; it must be finite.")
     check_delta(plan.delta)
@@ -36,6 +42,47 @@ def check_plan(plan: PrivacyPlan) -> None:
     for name, allowed in _ALLOWED.items():
         if getattr(plan, name) not in allowed:
             raise ValueError(_unknown(name, getattr(plan, name), allowed))
+    _check_sampling(plan)
+
+
+def _check_sampling(plan: PrivacyPlan) -> None:
+    if plan.sampling == "full_batch" and plan.sampling_probability != 1:
+        raise ValueError(
+            f"sampling_probability is {plan.sampling_probability}; with sampling='full_batch' it "
+            "must be 1, as every record is in every step."
+        )
+    room = {"batch_cap": plan.batch_cap, "most_records": plan.most_records}
+    if plan.sampling != "truncated_poisson":
+        for name, value in room.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name} is {value}, but sampling is {plan.sampling!r}; leave it None, or use "
+                    "sampling='truncated_poisson'."
+                )
+        return
+    for name, value in room.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"{name} is {value!r}; sampling='truncated_poisson' needs a whole number above 0: "
+                "the most records that a step processes, and the most that the data set may hold."
+            )
+    if plan.cut_probability * 2 >= plan.delta:
+        raise ValueError(
+            f"batch_cap is {plan.batch_cap}: with at most {plan.most_records} records some step "
+            f"would cut its sample with probability up to {plan.cut_probability:.2g}, too often "
+            f"for delta={plan.delta:g}. Raise batch_cap, to about 1.2 times the expected batch "
+            "size or more."
+        )
+
+
+def check_mechanism(plan: PrivacyPlan) -> None:
+    """Raise `ValueError` unless noise, sampling probability, steps and relation make sense."""
+    SampledGaussian(
+        noise_multiplier=plan.noise_multiplier,
+        sampling_probability=plan.sampling_probability,
+        steps=plan.steps,
+        relation=plan.relation,
+    )
 
 
 def _check_clip_norm(plan: PrivacyPlan) -> None:
@@ -51,7 +98,10 @@ def _check_clip_norm(plan: PrivacyPlan) -> None:
 
 def _unknown(name: str, value: object, allowed: tuple[str, ...]) -> str:
     way_out = {
-        "sampling": "Shuffled or fixed-size batches have another ε and must not be counted so.",
+        "sampling": (
+            "Shuffled or fixed-size batches have another ε, for which nothing is certified here, "
+            "and must not be counted so."
+        ),
         "relation": "The noise for replacing a record is not the noise for adding or removing one.",
         "noise_stream": "Name the stream that really draws the noise; the statement mentions it.",
     }

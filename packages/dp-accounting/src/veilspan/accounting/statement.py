@@ -81,7 +81,8 @@ def _write(guarantee: str, lines: list[str]) -> str:
 def _guarantee(plans: tuple[PrivacyPlan, ...], bounds: EpsilonBounds) -> str:
     if math.isinf(bounds.upper):
         return (
-            "NO PRIVACY GUARANTEE: the noise multiplier is 0, so ε is infinite. "
+            "NO PRIVACY GUARANTEE: the noise multiplier is 0, or samples are cut too often, so ε "
+            "is infinite. "
             "Use this for tests and debugging only."
         )
     unit, relation = plans[0].unit, plans[0].relation
@@ -102,7 +103,7 @@ def _guarantee(plans: tuple[PrivacyPlan, ...], bounds: EpsilonBounds) -> str:
 def _assumptions(plan: PrivacyPlan) -> list[str]:
     shared = _shared_assumptions(plan)
     lines = [
-        f"{_sampling(plan)}; empty batches are steps too. Shuffled batches would not do.",
+        _sampling(plan),
         *shared[:3],
         _contribution(plan),
         _STREAMS[plan.noise_stream],
@@ -119,16 +120,24 @@ def _assumptions(plan: PrivacyPlan) -> list[str]:
 
 def _phase(plan: PrivacyPlan) -> str:
     contribution = _contribution(plan)
-    return (
-        f"{plan.steps:,} steps. {_sampling(plan)}; empty batches are steps too. "
-        f"{contribution.removesuffix('.')}"
-    )
+    return f"{plan.steps:,} steps. {_sampling(plan)} {contribution.removesuffix('.')}"
 
 
 def _sampling(plan: PrivacyPlan) -> str:
+    if plan.sampling == "full_batch":
+        return f"Every {plan.unit} is in every step (full batch), so no sample hides it."
+    cut = ""
+    if plan.sampling == "truncated_poisson":
+        cut = (
+            f". There are never more than {plan.most_records:,} {plan.unit}s, and a batch of more "
+            f"than {plan.batch_cap:,} is cut to that many (truncated Poisson sampling), which "
+            f"happens in any of the steps with probability at most {plan.cut_probability:.2g} and "
+            "is charged to δ"
+        )
     return (
         f"Every {plan.unit} enters the batch of each step independently with probability "
-        f"{plan.sampling_probability:g} (Poisson sampling)"
+        f"{plan.sampling_probability:g} (Poisson sampling){cut}; empty batches are steps too. "
+        "Shuffled batches would not do."
     )
 
 
@@ -153,8 +162,10 @@ def _delta_line(delta: float, unit: str, records: str) -> str:
 def _shared_assumptions(plan: PrivacyPlan) -> list[str]:
     """Return what holds for every phase alike; the noise stream is the last but one."""
     return [
-        "The keys of the sampler and of the noise are random, secret, and never published: who "
-        "knows them can undo both.",
+        "The key of the noise is random, secret, and never published: who knows it can undo it."
+        if plan.sampling == "full_batch"
+        else "The keys of the sampler and of the noise are random, secret, and never published: "
+        "who knows them can undo both.",
         _RELATIONS[plan.relation].format(unit=plan.unit),
         f"The unit of privacy is one {plan.unit}. Whoever contributed several is protected less: "
         f"k of them are a group of size k.",

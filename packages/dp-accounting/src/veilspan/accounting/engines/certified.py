@@ -14,6 +14,7 @@ from veilspan.accounting.engines.closed_form import (
     gaussian_epsilon,
     live_parts,
 )
+from veilspan.accounting.engines.overflow import charged_delta, charged_epsilon, cut_probability
 from veilspan.accounting.engines.pld import PldEngine
 from veilspan.accounting.engines.protocol import EngineError
 from veilspan.accounting.engines.rdp import RdpEngine
@@ -38,6 +39,9 @@ class CertifiedEngine:
 
     def epsilon(self, mechanism: Mechanism, delta: float) -> EpsilonBounds:
         """Return bounds on ε at `delta`; `method` names the engine that answered."""
+        cut = cut_probability(mechanism)
+        if cut > 0:
+            return charged_epsilon(self.epsilon, mechanism, cut, delta)
         exact = closed_form(mechanism, delta)
         if exact is not None:
             return exact
@@ -61,6 +65,9 @@ class CertifiedEngine:
 
     def delta(self, mechanism: Mechanism, epsilon: float) -> DeltaBounds:
         """Return bounds on δ at `epsilon`; `method` names the engine that answered."""
+        cut = cut_probability(mechanism)
+        if cut > 0:
+            return charged_delta(self.delta, mechanism, cut, epsilon)
         exact = closed_form_delta(mechanism, epsilon)
         if exact is not None:
             return exact

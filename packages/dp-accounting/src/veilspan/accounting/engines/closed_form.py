@@ -9,6 +9,7 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
 from veilspan.accounting.bounds import DeltaBounds, EpsilonBounds
+from veilspan.accounting.engines.protocol import EngineError
 from veilspan.accounting.mechanism import Mechanism, SampledGaussian
 
 # The closed form is evaluated in doubles and its root found to 4 ulp; this margin covers both.
@@ -30,6 +31,15 @@ def live_parts(mechanism: Mechanism) -> tuple[SampledGaussian, ...]:
     )
 
 
+def refuse_overflow(mechanism: Mechanism) -> None:
+    """Raise `EngineError` where samples may be cut: their chance has to be charged to δ first."""
+    if any(part.overflow > 0 for part in mechanism.parts):
+        raise EngineError(
+            "samples may be larger than what is processed (sampling='truncated_poisson'); only the "
+            "certified engine counts that."
+        )
+
+
 def distance_without_sampling(parts: tuple[SampledGaussian, ...]) -> float:
     """Return the distance of the means over the noise if every record were in every sample."""
     return math.sqrt(
@@ -44,6 +54,7 @@ def closed_form(mechanism: Mechanism, delta: float) -> EpsilonBounds | None:
         ε is 0 if nothing is released or the noise is infinite, infinite if anything is released
         without noise, and the analytic Gaussian's if every record is in every sample.
     """
+    refuse_overflow(mechanism)
     parts = live_parts(mechanism)
     if not parts:
         return _exact(0.0, delta, _NOTHING)
@@ -68,6 +79,7 @@ def closed_form_delta(mechanism: Mechanism, epsilon: float) -> DeltaBounds | Non
     Without noise δ is the chance that a record is in any of the samples that get none, unless other
     releases add to it; then it is only bounded by that and 1.
     """
+    refuse_overflow(mechanism)
     parts = live_parts(mechanism)
     if not parts:
         return _delta(0.0, 0.0, epsilon, _NOTHING)
