@@ -1,8 +1,9 @@
-"""Time of one ε and of one noise calibration, against prv-accountant and, if installed, Opacus.
+"""Time of one ε and of one noise calibration, against other accountants that are installed.
 
 Run `python benchmarks/bench_epsilon.py --json result.json`. Every row names its upper bound, so
-that a faster but looser answer shows. Each question is asked once, after another one that loads the
-library, so that neither imports nor caches count.
+that a faster but looser answer shows; `times ours` is the library's time over ours in that row.
+Each question is asked once, after another one that loads the library, so that neither imports nor
+caches count.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ SETTINGS = [
     (0.001, 0.8, 10_000, 1e-6),
     (0.05, 3.0, 2_000, 1e-7),
     (0.01, 50.0, 1_000, 1e-6),
+    (0.001, 5.0, 1_000_000, 1e-9),
+    (0.01, 1.0, 1_000, 1e-13),
 ]
 WARM_UP = (0.02, 2.0, 100, 1e-5)
 # target ε, δ, q, T
@@ -58,6 +61,12 @@ def opacus(q: float, sigma: float, steps: int, delta: float) -> float:
     return accountant.get_epsilon(delta)
 
 
+def dp_accounting(q: float, sigma: float, steps: int, delta: float) -> float:
+    pld = importlib.import_module("dp_accounting.pld.privacy_loss_distribution")
+    loss = pld.from_gaussian_mechanism(sigma, sampling_prob=q).self_compose(steps)
+    return float(loss.get_epsilon_for_delta(delta))
+
+
 def our_noise(target: float, delta: float, q: float, steps: int) -> float:
     return calibrate_noise(
         target_epsilon=target, delta=delta, sampling_probability=q, steps=steps
@@ -83,7 +92,7 @@ def timed(function: Callable[..., float], arguments: tuple[Any, ...]) -> dict[st
 
 
 def machine() -> dict[str, Any]:
-    names = ("veilspan-accounting", "numpy", "scipy", "prv-accountant", "opacus")
+    names = ("veilspan-accounting", "numpy", "scipy", "prv-accountant", "opacus", "dp-accounting")
     versions = {}
     for name in names:
         try:
@@ -109,7 +118,12 @@ def cpu_name() -> str:
 
 
 def rows() -> list[dict[str, Any]]:
-    epsilon = {"veilspan": ours, "prv-accountant": prv_accountant, "opacus": opacus}
+    epsilon = {
+        "veilspan": ours,
+        "prv-accountant": prv_accountant,
+        "opacus": opacus,
+        "dp-accounting": dp_accounting,
+    }
     noise = {"veilspan": our_noise, "opacus": opacus_noise}
     result = []
     for function in epsilon.values():
@@ -124,7 +138,18 @@ def rows() -> list[dict[str, Any]]:
             named = dict(zip(("target_epsilon", "delta", "q", "steps"), setting, strict=True))
             measured = timed(function, setting)
             result.append({"task": "noise", "library": name, **named, **measured})
-    return result
+    return with_ratios(result)
+
+
+def with_ratios(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add to each row its time over that of ours, which comes first for every question."""
+    own = None
+    for row in measured:
+        if row["library"] == "veilspan":
+            own = row.get("seconds")
+        elif own and "seconds" in row:
+            row["times_ours"] = row["seconds"] / own
+    return measured
 
 
 def main() -> None:
@@ -141,6 +166,8 @@ def main() -> None:
             if name in row
         )
         answer = row.get("error") or f"{row['value']:<12.6g} {row['seconds'] * 1e3:9.1f} ms"
+        if "times_ours" in row:
+            answer += f" {row['times_ours']:8.1f} times ours"
         print(f"{row['task']:<8} {row['library']:<15} {setting:<50} {answer}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -104,7 +104,7 @@ def test_two_steps_equal_the_integral_over_the_first(direction, q, sigma):
     spacing, largest = 0.002 * step.loss_scale(), step.largest_excess(1e-7 * delta)
 
     def composed(grid):
-        return Composition(grid, 2, delta, largest_transform=1 << 20)
+        return Composition([(grid, 2)], delta, largest_transform=1 << 20)
 
     upper = composed(dominating(step, direction, spacing, largest)).upper_epsilon()
     lower = composed(dominated(step, direction, spacing, largest)).lower_epsilon()
@@ -128,7 +128,7 @@ def test_additivity_k_and_m_steps_convolve_to_k_plus_m():
     def delta_of(epsilon):
         return float(np.dot(five, -np.expm1(np.minimum(epsilon - loss, 0.0)))) + infinite
 
-    epsilon = Composition(grid, 5, delta, largest_transform=1 << 18).upper_epsilon()
+    epsilon = Composition([(grid, 5)], delta, largest_transform=1 << 18).upper_epsilon()
     assert delta_of(epsilon) <= delta
     assert delta_of(epsilon * (1 - 1e-5)) > delta
 

@@ -3,7 +3,7 @@
 import pytest
 
 from veilspan.accounting import PrivacyPlan
-from veilspan.accounting.engines import PldEngine, RdpEngine, SampledGaussian, pld
+from veilspan.accounting.engines import PldEngine, RdpEngine, SampledGaussian, question
 from veilspan.accounting.engines.prv import PrvEngine
 
 # q, σ, T, δ, certified lower, certified upper: two-sided interval arithmetic on finer grids,
@@ -117,14 +117,14 @@ def test_pitfall_47_both_directions_are_asked_and_the_worse_one_is_reported(monk
     mechanism = SampledGaussian(noise_multiplier=1.0, sampling_probability=0.3, steps=10)
     seen = []
 
-    original = pld._Question.ask
+    original = question.Question.epsilon
 
     def ask(self, direction, bound, fineness):
         value = original(self, direction, bound, fineness)
         seen.append((direction, bound, value))
         return value
 
-    monkeypatch.setattr(pld._Question, "ask", ask)
+    monkeypatch.setattr(question.Question, "epsilon", ask)
     bounds = PldEngine().epsilon(mechanism, 1e-5)
     uppers = {direction: value for direction, bound, value in seen if bound == "upper"}
     assert set(uppers) == {"add", "remove"}

@@ -11,7 +11,7 @@ import pytest
 
 import veilspan.accounting
 import veilspan.accounting.engines
-from veilspan.accounting import bounds, ledger, mechanism, plan
+from veilspan.accounting import bounds, ledger, mechanism, phases, plan, tradeoff
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
@@ -39,7 +39,7 @@ def test_import_needs_neither_torch_nor_a_plotting_library():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", [bounds, ledger, mechanism, plan])
+@pytest.mark.parametrize("module", [bounds, ledger, mechanism, phases, plan, tradeoff])
 def test_examples_in_docstrings_print_what_they_say(module):
     result = doctest.testmod(module)
     assert result.attempted > 0

@@ -11,8 +11,9 @@ from fractions import Fraction
 from typing import Any, NoReturn
 
 from veilspan.accounting.bounds import round_up
-from veilspan.accounting.calibration import calibrate_noise
+from veilspan.accounting.calibration import find_noise
 from veilspan.accounting.chain import LedgerError
+from veilspan.accounting.curves import CURVES, answer_curve, answer_delta, plan_of
 from veilspan.accounting.engines import (
     CertifiedEngine,
     Engine,
@@ -20,8 +21,9 @@ from veilspan.accounting.engines import (
     PldEngine,
     RdpEngine,
 )
-from veilspan.accounting.ledger import Ledger
-from veilspan.accounting.plan import PrivacyPlan
+from veilspan.accounting.ledger_command import add_ledger
+from veilspan.accounting.mechanism import RELATIONS
+from veilspan.accounting.plan_checks import SAMPLINGS
 from veilspan.accounting.plotting import plot_epsilon
 
 _ENGINES = ("certified", "pld", "prv", "rdp")
@@ -58,6 +60,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_sampling(epsilon)
     epsilon.add_argument("--engine", choices=_ENGINES, default="certified")
 
+    delta = commands.add_parser("delta", help="δ of a number of steps at a given ε")
+    delta.set_defaults(command=answer_delta)
+    delta.add_argument("--epsilon", type=_number, required=True, metavar="EPS")
+
+    curve = commands.add_parser(
+        "curve", help="points of a curve: errors, δ over ε, or ε over steps"
+    )
+    curve.set_defaults(command=answer_curve)
+    curve.add_argument("--of", choices=CURVES, default="tradeoff")
+    curve.add_argument("--points", type=int, default=12, metavar="N")
+    for command in (delta, curve):
+        _add_noise(command)
+        _add_sampling(command)
+
     noise = commands.add_parser("noise", help="least noise multiplier that keeps a target ε")
     noise.set_defaults(command=_noise)
     noise.add_argument("--target-epsilon", type=_number, required=True, metavar="EPS")
@@ -70,10 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--output", required=True, metavar="FILE", help="PNG, SVG or PDF to write")
     plot.add_argument("--budget-epsilon", type=_number, metavar="EPS", help="line to draw")
 
-    ledger = commands.add_parser("ledger", help="verify a ledger and say what it has spent")
-    ledger.set_defaults(command=_ledger)
-    ledger.add_argument("file", metavar="FILE")
-    for command in (epsilon, noise, plot, ledger):
+    ledger = commands.add_parser("ledger", help="verify ledgers and say what they have spent")
+    add_ledger(ledger)
+    for command in (epsilon, delta, curve, noise, plot, ledger):
         command.add_argument("--json", action="store_true", help="print one line of JSON")
     return parser
 
@@ -88,6 +103,10 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, required=True, metavar="T")
     parser.add_argument("--delta", type=_number, required=True, metavar="DELTA")
+    parser.add_argument("--relation", choices=RELATIONS, default="add_remove")
+    parser.add_argument("--sampling", choices=SAMPLINGS, default="poisson")
+    parser.add_argument("--batch-cap", type=int, metavar="B", help="for truncated_poisson")
+    parser.add_argument("--most-records", type=int, metavar="N", help="for truncated_poisson")
 
 
 def _number(text: str) -> float:
@@ -98,17 +117,8 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
 
 
-def _plan(options: argparse.Namespace) -> PrivacyPlan:
-    return PrivacyPlan(
-        noise_multiplier=options.noise_multiplier,
-        sampling_probability=options.sampling_probability,
-        steps=options.steps,
-        delta=options.delta,
-    )
-
-
 def _epsilon(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    plan = _plan(options)
+    plan = plan_of(options)
     bounds = plan.epsilon(engine=_engine(options.engine))
     report = {
         "epsilon": bounds.upper,  # what may be reported
@@ -122,6 +132,7 @@ def _epsilon(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "sampling_probability": plan.sampling_probability,
         "steps": plan.steps,
         "relation": plan.relation,
+        "sampling": plan.sampling,
     }
     text = f"{bounds}\nexact ε is at least {bounds.lower:.6g}; method: {bounds.method}"
     return report, text
@@ -136,12 +147,9 @@ def _engine(name: str) -> Engine:
 
 
 def _noise(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    bracket = calibrate_noise(
-        target_epsilon=options.target_epsilon,
-        delta=options.delta,
-        sampling_probability=options.sampling_probability,
-        steps=options.steps,
-    )
+    options.noise_multiplier = 1.0  # any, to describe the rest of the plan
+    draft = plan_of(options)
+    bracket = find_noise(draft.mechanism(draft.steps), options.target_epsilon, draft.delta)
     report = {
         "noise_multiplier": bracket.noise_multiplier,
         "noise_multiplier_too_small": bracket.too_small,
@@ -150,6 +158,8 @@ def _noise(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "delta": options.delta,
         "sampling_probability": options.sampling_probability,
         "steps": options.steps,
+        "relation": options.relation,
+        "sampling": options.sampling,
     }
     text = (
         f"noise multiplier {round_up(bracket.noise_multiplier, 6)}\n"
@@ -159,38 +169,9 @@ def _noise(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _plot(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    plan = _plan(options)
+    plan = plan_of(options)
     path = plot_epsilon(plan, options.output, budget_epsilon=options.budget_epsilon)
     return {"file": str(path)}, f"wrote {path}"
-
-
-def _ledger(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    with Ledger.open(options.file, read_only=True) as ledger:
-        spent = ledger.spent()
-        report = {
-            "run_id": ledger.run_id,
-            "releases": ledger.releases,
-            "torn_lines": sum(entry.torn for entry in ledger.entries),
-            "epsilon": spent.upper,
-            "epsilon_lower": spent.lower,
-            "epsilon_estimate": spent.estimate,
-            "epsilon_upper": spent.upper,
-            "delta": spent.delta,
-            "budget_epsilon": ledger.budget_epsilon,
-            "most_releases": ledger.most_releases,
-            "plan": ledger.plan.to_dict(),
-            "plan_digest": ledger.plan.digest,
-        }
-        budget = (
-            "no budget"
-            if ledger.budget_epsilon is None
-            else f"budget ε = {ledger.budget_epsilon:g}, in all {ledger.most_releases} releases"
-        )
-    text = (
-        f"run {report['run_id']}: {report['releases']} releases "
-        f"({report['torn_lines']} torn lines counted), chain intact\nspent {spent}; {budget}"
-    )
-    return report, text
 
 
 def _finite(report: dict[str, Any]) -> dict[str, Any]:

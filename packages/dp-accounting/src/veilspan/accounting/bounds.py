@@ -1,4 +1,4 @@
-"""What an accountant answers: ε as a lower bound, an estimate, an upper bound."""
+"""What an accountant answers: ε or δ as a lower bound, an estimate, an upper bound."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Direction = Literal["remove", "add", "both"]
 class EpsilonBounds:
     """Bounds on the smallest ε for which the mechanism is (ε, δ)-differentially private.
 
-    Only `upper` may be reported: it holds for adding and for removing a record.
+    Only `upper` may be reported: it holds in both directions of the neighbouring relation.
 
     Args:
         lower: The true ε is at least this.
@@ -29,7 +29,7 @@ class EpsilonBounds:
 
     Guarantee:
         Whoever builds one promises `lower ≤ ε ≤ upper` for the exact ε of the mechanism under
-        add/remove adjacency, rounding of the last digits of a double included.
+        its neighbouring relation, rounding of the last digits of a double included.
     """
 
     lower: float
@@ -54,6 +54,50 @@ class EpsilonBounds:
         return f"ε ≤ {round_up(self.upper)} at δ = {self.delta:g}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeltaBounds:
+    """Bounds on the smallest δ for which the mechanism is (ε, δ)-differentially private.
+
+    Only `upper` may be reported.
+
+    Args:
+        lower: The true δ is at least this.
+        estimate: A number between the two bounds.
+        upper: The true δ is at most this; 1 where nothing is guaranteed.
+        epsilon: The ε that the three numbers belong to.
+        direction: Which change of the data set decided `upper`; "both" where they are equal.
+        method: The engine that answered.
+
+    Raises:
+        ValueError: If the three numbers are not ordered.
+
+    Guarantee:
+        Whoever builds one promises `lower ≤ δ(ε) ≤ upper` for the exact δ of the mechanism under
+        its neighbouring relation, rounding of the last digits of a double included.
+    """
+
+    lower: float
+    estimate: float
+    upper: float
+    epsilon: float
+    direction: Direction
+    method: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lower <= self.estimate <= self.upper <= 1:
+            raise ValueError(
+                f"Bounds on δ are not ordered: lower {self.lower}, estimate {self.estimate}, "
+                f"upper {self.upper}; they must satisfy 0 ≤ lower ≤ estimate ≤ upper ≤ 1."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dictionary of plain numbers and text."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"δ ≤ {round_up_short(self.upper)} at ε = {self.epsilon:g}"
+
+
 def round_up(value: float, digits: int = 4) -> str:
     """Write a non-negative number with `digits` significant digits, rounded up, never down.
 
@@ -68,3 +112,17 @@ def round_up(value: float, digits: int = 4) -> str:
     exact = Decimal(value)
     step = Decimal(1).scaleb(exact.adjusted() - digits + 1)
     return f"{exact.quantize(step, rounding=ROUND_CEILING):f}"
+
+
+def round_up_short(value: float, digits: int = 4) -> str:
+    """Write a non-negative number as `round_up` does, with an exponent where it is tiny.
+
+    Examples:
+        >>> round_up_short(3.00001e-9), round_up_short(0.25)
+        ('3.001e-9', '0.2500')
+    """
+    if value == 0 or math.isinf(value) or value >= 1e-3:
+        return round_up(value, digits)
+    exact = Decimal(value)
+    step = Decimal(1).scaleb(exact.adjusted() - digits + 1)
+    return f"{exact.quantize(step, rounding=ROUND_CEILING):e}"

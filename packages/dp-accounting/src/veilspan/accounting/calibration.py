@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 from scipy.optimize import brentq
 
 from veilspan.accounting.engines import CertifiedEngine, Engine, PldEngine
-from veilspan.accounting.mechanism import (
-    SampledGaussian,
-    check_count,
-    check_delta,
-    check_number,
-    check_probability,
-)
+from veilspan.accounting.mechanism import SampledGaussian, check_delta, check_number
 
 _SMALLEST, _LARGEST = 0.02, 1e6
 _PRECISION = 1e-4  # relative step of the noise multiplier in which the root is refined
@@ -44,6 +38,7 @@ def calibrate_noise(
     delta: float,
     sampling_probability: float,
     steps: int,
+    relation: str = "add_remove",
     engine: Engine | None = None,
 ) -> NoiseBracket:
     """Find the smallest noise multiplier that is certified to keep `target_epsilon`.
@@ -53,6 +48,7 @@ def calibrate_noise(
         delta: The δ at which ε is meant; in (0, 1).
         sampling_probability: Chance of each record to be in a step's sample; in [0, 1].
         steps: Number of releases.
+        relation: Neighbouring relation, "add_remove" or "replace".
         engine: Who bounds ε; the certified engine unless given.
 
     Returns:
@@ -64,18 +60,42 @@ def calibrate_noise(
     Guarantee:
         The engine's upper bound on ε at the returned noise multiplier is at most `target_epsilon`.
     """
-    _check(target_epsilon, delta, sampling_probability, steps)
-    if sampling_probability == 0 or steps == 0:
+    unit = SampledGaussian(
+        noise_multiplier=1.0,
+        sampling_probability=sampling_probability,
+        steps=steps,
+        relation=relation,
+    )
+    return find_noise(unit, target_epsilon, delta, engine)
+
+
+def find_noise(
+    mechanism: SampledGaussian,
+    target_epsilon: float,
+    delta: float,
+    engine: Engine | None = None,
+) -> NoiseBracket:
+    """Find the noise multiplier of a mechanism; arguments and guarantee as in `calibrate_noise`.
+
+    Args:
+        mechanism: What is released; its own noise multiplier does not matter.
+        target_epsilon: The ε that must not be exceeded; above 0.
+        delta: The δ at which ε is meant; in (0, 1).
+        engine: Who bounds ε; the certified engine unless given.
+
+    Raises:
+        ValueError: If an argument is out of range or no noise multiplier in [0.02, 10⁶] fits.
+    """
+    _check_target(target_epsilon)
+    check_delta(delta)
+    if mechanism.sampling_probability == 0 or mechanism.steps == 0:
         return NoiseBracket(noise_multiplier=0.0, too_small=0.0, epsilon=0.0)
     if engine is None:
         engine = CertifiedEngine(pld=PldEngine(one_sided=True))
 
     @cache
     def epsilon(sigma: float) -> float:
-        mechanism = SampledGaussian(
-            noise_multiplier=sigma, sampling_probability=sampling_probability, steps=steps
-        )
-        return engine.epsilon(mechanism, delta).upper
+        return engine.epsilon(replace(mechanism, noise_multiplier=sigma), delta).upper
 
     low, high = _enclose(epsilon, target_epsilon)
     return _narrow(epsilon, target_epsilon, low, high)
@@ -125,16 +145,13 @@ def _narrow(
     return NoiseBracket(noise_multiplier=enough, too_small=too_small, epsilon=epsilon(enough))
 
 
-def _check(target_epsilon: float, delta: float, sampling_probability: float, steps: int) -> None:
+def _check_target(target_epsilon: float) -> None:
     check_number("target_epsilon", target_epsilon)
     if not 0 < target_epsilon < math.inf:
         raise ValueError(
             f"target_epsilon is {target_epsilon}; it must be above 0 and finite. No amount of "
             "noise reaches 0; for training without privacy set noise_multiplier=0 instead."
         )
-    check_delta(delta)
-    check_probability("sampling_probability", sampling_probability)
-    check_count("steps", steps)
 
 
 def largest(fits: Callable[[int], bool], *, start: int) -> int:

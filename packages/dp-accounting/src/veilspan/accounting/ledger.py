@@ -297,9 +297,9 @@ def _require_same(header: Header, plan: PrivacyPlan | None, run_id: str | None, 
         return
     theirs, ours = header.plan.to_dict(), plan.to_dict()
     changed = ", ".join(
-        f"{name} {theirs[name]!r} there and {ours[name]!r} here"
-        for name in ours
-        if theirs[name] != ours[name]
+        f"{name} {theirs.get(name)!r} there and {ours.get(name)!r} here"
+        for name in sorted(theirs | ours)
+        if theirs.get(name) != ours.get(name)
     )
     raise LedgerError(
         f"{path} was made for another plan: {changed}. Continue with the plan in the ledger, or "

@@ -1,9 +1,11 @@
-"""The mechanism whose privacy loss is counted: a Poisson-sampled Gaussian, repeated."""
+"""The mechanisms whose privacy loss is counted: Poisson-sampled Gaussians, repeated."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+RELATIONS = ("add_remove", "replace")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,12 +13,17 @@ class SampledGaussian:
     """`steps` releases, each a sum over a fresh Poisson sample plus Gaussian noise.
 
     With the sensitivity scaled to 1, one release on a data set with the record of interest is
-    distributed as `(1 - q) N(0, σ²) + q N(1, σ²)`, and without it as `N(0, σ²)`.
+    distributed as `(1 - q) N(0, σ²) + q N(1, σ²)`, and without it as `N(0, σ²)`. With another value
+    of the record it is at worst `(1 - q) N(0, σ²) + q N(-1, σ²)`.
 
     Args:
         noise_multiplier: σ, the noise standard deviation divided by the sensitivity; at least 0.
         sampling_probability: q, the chance of each record to be in a step's sample; in [0, 1].
         steps: Number of releases T; at least 0.
+        relation: What two data sets may differ in: one record more or less ("add_remove"), or the
+            value of one record ("replace").
+        overflow: Chance, at most, that one step's sample is larger than what is processed, so that
+            it is cut; 0 where samples of any size are.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -29,6 +36,8 @@ class SampledGaussian:
     noise_multiplier: float
     sampling_probability: float
     steps: int
+    relation: str = "add_remove"
+    overflow: float = 0.0
 
     def __post_init__(self) -> None:
         check_number("noise_multiplier", self.noise_multiplier)
@@ -39,6 +48,63 @@ class SampledGaussian:
             )
         check_probability("sampling_probability", self.sampling_probability)
         check_count("steps", self.steps)
+        check_probability("overflow", self.overflow)
+        if self.relation not in RELATIONS:
+            choices = " or ".join(repr(relation) for relation in RELATIONS)
+            raise ValueError(
+                f"relation is {self.relation!r}; supported is {choices}. "
+                "The noise for one relation is not the noise for another."
+            )
+
+    @property
+    def distance(self) -> float:
+        """Return how far apart two outputs without noise can be, a contribution's norm being 1."""
+        return 2.0 if self.relation == "replace" else 1.0
+
+    @property
+    def parts(self) -> tuple[SampledGaussian, ...]:
+        """Return this mechanism as a composition of one phase."""
+        return (self,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composed:
+    """Several phases on the same data, one after the other; equal phases are merged.
+
+    Args:
+        parts: The phases, at least one. Their settings must not depend on what earlier phases
+            released.
+
+    Raises:
+        ValueError: If there is no phase, or the phases' relations differ.
+
+    Examples:
+        >>> warm_up = SampledGaussian(noise_multiplier=2.0, sampling_probability=0.01, steps=100)
+        >>> Composed(parts=(warm_up, warm_up)).parts[0].steps
+        200
+    """
+
+    parts: tuple[SampledGaussian, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("parts is empty; a composition needs at least one phase.")
+        if len({part.relation for part in self.parts}) > 1:
+            raise ValueError("relation differs between the phases; a sum holds for one relation.")
+        steps: dict[SampledGaussian, int] = {}
+        for part in self.parts:
+            kind = replace(part, steps=1)
+            steps[kind] = steps.get(kind, 0) + part.steps
+        merged = tuple(replace(kind, steps=count) for kind, count in steps.items())
+        object.__setattr__(self, "parts", merged)
+
+    @property
+    def steps(self) -> int:
+        """Return the number of releases of all phases together."""
+        return sum(part.steps for part in self.parts)
+
+
+Mechanism = SampledGaussian | Composed
 
 
 def check_number(name: str, value: object) -> float:
@@ -71,3 +137,9 @@ def check_delta(value: object) -> None:
             f"delta is {value!r}; it must lie strictly between 0 and 1, "
             "and well below 1 / (number of records) to mean anything."
         )
+
+
+def check_epsilon(value: object) -> None:
+    """Raise `ValueError` unless `value` is a number of at least 0, infinity excluded."""
+    if not 0 <= check_number("epsilon", value) < math.inf:
+        raise ValueError(f"epsilon is {value!r}; it must be at least 0 and finite.")

@@ -8,24 +8,23 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
-from veilspan.accounting.bounds import EpsilonBounds
-from veilspan.accounting.calibration import calibrate_noise
+from veilspan.accounting.bounds import DeltaBounds, EpsilonBounds
+from veilspan.accounting.calibration import find_noise
 from veilspan.accounting.engines import CertifiedEngine, Engine
+from veilspan.accounting.engines.overflow import overflow_probability
 from veilspan.accounting.mechanism import (
     SampledGaussian,
     check_count,
     check_delta,
-    check_number,
+    check_epsilon,
 )
+from veilspan.accounting.plan_checks import check_plan
 from veilspan.accounting.statement import write_statement
+from veilspan.accounting.tradeoff import TradeOff, find_tradeoff
 
 SCHEMA = "veilspan.accounting.plan/1"
-
-_ALLOWED = {
-    "sampling": ("poisson",),
-    "relation": ("add_remove",),
-    "noise_stream": ("aes-ctr", "philox"),
-}
+# Not written where they are None, as plans without them have digests that ledgers hold.
+_LEFT_OUT = ("batch_cap", "most_records")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +44,15 @@ class PrivacyPlan:
         expected_batch_size: The public constant by which sums are divided, in records; `None`
             where it is not known to the plan. ε does not depend on it.
         unit: Whose presence is hidden, in the singular: "record", "document", "user".
-        sampling: Sampling law; "poisson" only: every record independently with chance q.
-        relation: Neighbouring relation; "add_remove" only: one unit more or less.
+        sampling: Sampling law: "poisson", every record independently with chance q;
+            "truncated_poisson", the same with samples cut to `batch_cap`; "full_batch", every
+            record in every step.
+        relation: Neighbouring relation: "add_remove", one unit more or less; or "replace", one unit
+            exchanged for another, which costs more.
         noise_stream: Where the noise comes from: "aes-ctr" (cryptographic) or "philox" (fast).
+        batch_cap: With "truncated_poisson", the most records a step processes; a larger sample is
+            cut in any way. The chance of a cut is charged to δ.
+        most_records: With "truncated_poisson", a public bound on the number of records.
 
     Raises:
         ValueError: If a value is out of range or a name is unknown.
@@ -70,45 +75,16 @@ class PrivacyPlan:
     sampling: str = "poisson"
     relation: str = "add_remove"
     noise_stream: str = "aes-ctr"
+    batch_cap: int | None = None
+    most_records: int | None = None
 
     def __post_init__(self) -> None:
-        self._check()
+        check_plan(self)
         # 64 and 64.0 are one plan and must have one digest.
         for field in fields(self):
             value = getattr(self, field.name)
             if "float" in str(field.type) and value is not None:
                 object.__setattr__(self, field.name, float(value))
-
-    def _check(self) -> None:
-        self._mechanism(self.steps)  # checks noise_multiplier, sampling_probability, steps
-        if math.isinf(self.noise_multiplier):
-            raise ValueError("noise_multiplier is infinite; it must be finite.")
-        check_delta(self.delta)
-        self._check_clip_norm()
-        if self.expected_batch_size is not None:
-            check_number("expected_batch_size", self.expected_batch_size)
-            if not 0 < self.expected_batch_size < math.inf:
-                raise ValueError(
-                    f"expected_batch_size is {self.expected_batch_size}; it must be above 0 and "
-                    "finite: sampling_probability × number of records, never a batch's own size."
-                )
-        if not isinstance(self.unit, str) or not self.unit.strip():
-            raise ValueError(
-                f"unit is {self.unit!r}; name whose presence is hidden, as in 'record'."
-            )
-        for name, allowed in _ALLOWED.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(_unknown(name, getattr(self, name), allowed))
-
-    def _check_clip_norm(self) -> None:
-        check_number("clip_norm", self.clip_norm)
-        if not self.clip_norm > 0:
-            raise ValueError(f"clip_norm is {self.clip_norm}; it must be above 0.")
-        if math.isinf(self.clip_norm) and self.noise_multiplier > 0:
-            raise ValueError(
-                "clip_norm is infinite, but noise_multiplier is not 0: noise in proportion to an "
-                "infinite norm does not exist. Give a finite clip_norm, or noise_multiplier=0."
-            )
 
     @classmethod
     def calibrate(  # noqa: PLR0913 - the fields of a plan, with the target in place of the noise
@@ -124,6 +100,8 @@ class PrivacyPlan:
         sampling: str = "poisson",
         relation: str = "add_remove",
         noise_stream: str = "aes-ctr",
+        batch_cap: int | None = None,
+        most_records: int | None = None,
     ) -> Self:
         """Return the plan with the least noise that is certified to keep `target_epsilon`.
 
@@ -138,6 +116,8 @@ class PrivacyPlan:
             sampling: See the class.
             relation: See the class.
             noise_stream: See the class.
+            batch_cap: See the class.
+            most_records: See the class.
 
         Raises:
             ValueError: If an argument is out of range or the target cannot be reached.
@@ -163,16 +143,13 @@ class PrivacyPlan:
             "sampling": sampling,
             "relation": relation,
             "noise_stream": noise_stream,
+            "batch_cap": batch_cap,
+            "most_records": most_records,
         }
         if not (isinstance(clip_norm, (int, float)) and math.isfinite(clip_norm)):
             raise ValueError(f"clip_norm is {clip_norm}; it must be finite where noise is added.")
-        cls(noise_multiplier=1.0, **rest)  # refuses the other arguments before the search
-        bracket = calibrate_noise(
-            target_epsilon=target_epsilon,
-            delta=delta,
-            sampling_probability=sampling_probability,
-            steps=steps,
-        )
+        draft = cls(noise_multiplier=1.0, **rest)  # refuses other arguments before the search
+        bracket = find_noise(draft.mechanism(steps), target_epsilon, delta)
         return cls(noise_multiplier=bracket.noise_multiplier, **rest)
 
     def epsilon(self, delta: float | None = None, *, engine: Engine | None = None) -> EpsilonBounds:
@@ -211,14 +188,58 @@ class PrivacyPlan:
         asked = self.delta if delta is None else delta
         check_delta(asked)
         engine = CertifiedEngine() if engine is None else engine
-        return engine.epsilon(self._mechanism(steps), asked)
+        return engine.epsilon(self.mechanism(steps), asked)
 
-    def _mechanism(self, steps: int) -> SampledGaussian:
+    def delta_at(self, epsilon: float) -> DeltaBounds:
+        """Return bounds on the δ that belongs to an ε, after all of the plan's steps.
+
+        Args:
+            epsilon: The ε to answer for; at least 0.
+
+        Raises:
+            ValueError: If `epsilon` is below 0 or not a number.
+
+        Guarantee:
+            The run is (`epsilon`, `upper`)-differentially private in both directions of the plan's
+            relation, under the assumptions that `statement` names.
+        """
+        check_epsilon(epsilon)
+        return CertifiedEngine().delta(self.mechanism(self.steps), epsilon)
+
+    def tradeoff(self, points: int = 48) -> TradeOff:
+        """Return what any test for one unit's presence must put up with: its errors, at least.
+
+        Args:
+            points: Number of certified (ε, δ) that the curve is made of; more are tighter.
+
+        Raises:
+            ValueError: If `points` is below 2.
+
+        Guarantee:
+            As for `epsilon`, at every rate of false alarms.
+        """
+        return find_tradeoff(self.mechanism(self.steps), points)
+
+    def mechanism(self, steps: int) -> SampledGaussian:
+        """Return what the engines are asked about: `steps` releases of this plan."""
         return SampledGaussian(
             noise_multiplier=self.noise_multiplier,
             sampling_probability=self.sampling_probability,
             steps=steps,
+            relation=self.relation,
+            overflow=self._overflow,
         )
+
+    @property
+    def _overflow(self) -> float:
+        if self.batch_cap is None or self.most_records is None:
+            return 0.0
+        return overflow_probability(self.most_records, self.sampling_probability, self.batch_cap)
+
+    @property
+    def cut_probability(self) -> float:
+        """Return the chance, at most, that any step of the plan has to cut its sample."""
+        return min(self.steps * self._overflow, 1.0)
 
     def statement(self) -> str:
         """Return the guarantee in plain words, with every assumption it rests on."""
@@ -232,6 +253,9 @@ class PrivacyPlan:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields and the schema as plain values; an infinite number becomes "inf"."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in _LEFT_OUT:
+            if values[name] is None:
+                del values[name]
         for name, value in values.items():
             if isinstance(value, float) and math.isinf(value):
                 values[name] = "inf"
@@ -278,13 +302,3 @@ class PrivacyPlan:
         except json.JSONDecodeError as error:
             raise ValueError(f"The privacy plan is not valid JSON: {error}.") from error
         return cls.from_dict(data)
-
-
-def _unknown(name: str, value: object, allowed: tuple[str, ...]) -> str:
-    way_out = {
-        "sampling": "Shuffled or fixed-size batches have another ε and must not be counted so.",
-        "relation": "The noise for replacing a record is not the noise for adding or removing one.",
-        "noise_stream": "Name the stream that really draws the noise; the statement mentions it.",
-    }
-    choices = " or ".join(repr(choice) for choice in allowed)
-    return f"{name} is {value!r}; supported is {choices}. {way_out[name]}"

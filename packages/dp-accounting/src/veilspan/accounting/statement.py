@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from veilspan.accounting.bounds import EpsilonBounds, round_up
 
 if TYPE_CHECKING:
+    from veilspan.accounting.phases import Phases
     from veilspan.accounting.plan import PrivacyPlan
 
 _STREAMS = {
@@ -19,6 +20,25 @@ _STREAMS = {
         "The noise comes from Philox, a fast statistical generator keyed by the operating system. "
         "It passes statistical tests but is not cryptographic: an adversary who recovers its state "
         "from the releases recovers the noise."
+    ),
+}
+
+_CHANGES = {
+    "add_remove": "adding or removing one {unit}",
+    "replace": "replacing one {unit} by another",
+}
+_QUESTIONS = {
+    "add_remove": "whether a given {unit} was in the training data",
+    "replace": "which of two given {unit}s was in the training data",
+}
+_RELATIONS = {
+    "add_remove": (
+        "The neighbouring relation is add or remove: data sets that differ by one {unit}. "
+        "Replacing one {unit} by another counts as two changes."
+    ),
+    "replace": (
+        "The neighbouring relation is replace: data sets of one size in which one {unit} differs. "
+        "How many {unit}s there are is taken to be public."
     ),
 }
 
@@ -36,54 +56,59 @@ _NOT_COVERED = (
 
 def write_statement(plan: PrivacyPlan) -> str:
     """Return the statement of a plan, as Markdown paragraphs; ε is always rounded up."""
-    bounds = plan.epsilon()
-    assumptions = "\n".join(f"- {line}" for line in _assumptions(plan))
+    return _write(_guarantee((plan,), plan.epsilon()), _assumptions(plan))
+
+
+def write_phases_statement(phases: Phases) -> str:
+    """Return the statement of several phases on the same data; it names each of them."""
+    plans = phases.plans
+    lines = [
+        "The phases ran one after the other on the same data, and no others did. The settings of "
+        "each were fixed without looking at what earlier ones released.",
+        *(f"Phase {number}: {_phase(plan)}." for number, plan in enumerate(plans, start=1)),
+        *dict.fromkeys(line for plan in plans for line in _shared_assumptions(plan)),
+        _delta_line(phases.delta, plans[0].unit, ""),
+    ]
+    return _write(_guarantee(plans, phases.epsilon()), lines)
+
+
+def _write(guarantee: str, lines: list[str]) -> str:
+    assumptions = "\n".join(f"- {line}" for line in lines)
     not_covered = "\n".join(f"- {line}" for line in _NOT_COVERED)
-    return (
-        f"{_guarantee(plan, bounds)}\n\n"
-        f"This holds if\n\n{assumptions}\n\n"
-        f"It does not cover\n\n{not_covered}\n"
-    )
+    return f"{guarantee}\n\nThis holds if\n\n{assumptions}\n\nIt does not cover\n\n{not_covered}\n"
 
 
-def _guarantee(plan: PrivacyPlan, bounds: EpsilonBounds) -> str:
+def _guarantee(plans: tuple[PrivacyPlan, ...], bounds: EpsilonBounds) -> str:
     if math.isinf(bounds.upper):
         return (
-            "NO PRIVACY GUARANTEE: the noise multiplier is 0, so ε is infinite. "
+            "NO PRIVACY GUARANTEE: the noise multiplier is 0, or samples are cut too often, so ε "
+            "is infinite. "
             "Use this for tests and debugging only."
         )
+    unit, relation = plans[0].unit, plans[0].relation
+    steps = f"{sum(plan.steps for plan in plans):,} steps"
+    if len(plans) > 1:
+        steps += f" in {len(plans)} phases"
     return (
-        f"After {plan.steps:,} steps the trained model and everything released with it are "
+        f"After {steps} the trained model and everything released with it are "
         f"(ε, δ)-differentially private with ε ≤ {round_up(bounds.upper)} and "
-        f"δ = {plan.delta:g}, with respect to adding or removing one {plan.unit}. "
-        f"Whatever is published, nobody can tell whether a given {plan.unit} was in the training "
-        f"data with odds more than e^ε times what they were before, except with probability δ. "
+        f"δ = {bounds.delta:g}, with respect to {_CHANGES[relation].format(unit=unit)}. "
+        f"Whatever is published, nobody can tell {_QUESTIONS[relation].format(unit=unit)} "
+        f"with odds more than e^ε times what they were before, except with probability δ. "
         f"The number is an upper bound ({bounds.method}; both directions counted, the worse one "
         f"printed); the exact ε is at least {_round_down(bounds.lower)}."
     )
 
 
 def _assumptions(plan: PrivacyPlan) -> list[str]:
-    q = plan.sampling_probability
+    shared = _shared_assumptions(plan)
     lines = [
-        f"Every {plan.unit} enters the batch of each step independently with probability "
-        f"{q:g} (Poisson sampling); empty batches are steps too. Shuffled batches would not do.",
-        "The keys of the sampler and of the noise are random, secret, and never published: who "
-        "knows them can undo both.",
-        f"The neighbouring relation is add or remove: data sets that differ by one {plan.unit}. "
-        f"Replacing one {plan.unit} by another counts as two changes.",
-        f"The unit of privacy is one {plan.unit}. Whoever contributed several is protected less: "
-        f"k of them are a group of size k.",
-        f"The contribution of each {plan.unit} to a step's sum has L2 norm at most "
-        f"{plan.clip_norm:g} (clip norm), over all parameters together, and Gaussian noise of "
-        f"standard deviation {plan.noise_multiplier * plan.clip_norm:g} per coordinate is added "
-        f"(noise multiplier {plan.noise_multiplier:g})."
-        if plan.noise_multiplier > 0
-        else "No noise is added.",
+        _sampling(plan),
+        *shared[:3],
+        _contribution(plan),
         _STREAMS[plan.noise_stream],
-        f"δ = {plan.delta:g} is small for this data set. It is the chance that the bound on ε "
-        f"fails; it must be far below one over the number of {plan.unit}s" + _records(plan) + ".",
-        "Every attempt at a step is counted, also one that crashed, as the ledger does.",
+        _delta_line(plan.delta, plan.unit, _records(plan)),
+        shared[-1],
     ]
     if plan.expected_batch_size is not None:
         lines.append(
@@ -91,6 +116,62 @@ def _assumptions(plan: PrivacyPlan) -> list[str]:
             "size of the batch that was drawn."
         )
     return lines
+
+
+def _phase(plan: PrivacyPlan) -> str:
+    contribution = _contribution(plan)
+    return f"{plan.steps:,} steps. {_sampling(plan)} {contribution.removesuffix('.')}"
+
+
+def _sampling(plan: PrivacyPlan) -> str:
+    if plan.sampling == "full_batch":
+        return f"Every {plan.unit} is in every step (full batch), so no sample hides it."
+    cut = ""
+    if plan.sampling == "truncated_poisson":
+        cut = (
+            f". There are never more than {plan.most_records:,} {plan.unit}s, and a batch of more "
+            f"than {plan.batch_cap:,} is cut to that many (truncated Poisson sampling), which "
+            f"happens in any of the steps with probability at most {plan.cut_probability:.2g} and "
+            "is charged to δ"
+        )
+    return (
+        f"Every {plan.unit} enters the batch of each step independently with probability "
+        f"{plan.sampling_probability:g} (Poisson sampling){cut}; empty batches are steps too. "
+        "Shuffled batches would not do."
+    )
+
+
+def _contribution(plan: PrivacyPlan) -> str:
+    if plan.noise_multiplier == 0:
+        return "No noise is added."
+    return (
+        f"The contribution of each {plan.unit} to a step's sum has L2 norm at most "
+        f"{plan.clip_norm:g} (clip norm), over all parameters together, and Gaussian noise of "
+        f"standard deviation {plan.noise_multiplier * plan.clip_norm:g} per coordinate is added "
+        f"(noise multiplier {plan.noise_multiplier:g})."
+    )
+
+
+def _delta_line(delta: float, unit: str, records: str) -> str:
+    return (
+        f"δ = {delta:g} is small for this data set. It is the chance that the bound on ε "
+        f"fails; it must be far below one over the number of {unit}s{records}."
+    )
+
+
+def _shared_assumptions(plan: PrivacyPlan) -> list[str]:
+    """Return what holds for every phase alike; the noise stream is the last but one."""
+    return [
+        "The key of the noise is random, secret, and never published: who knows it can undo it."
+        if plan.sampling == "full_batch"
+        else "The keys of the sampler and of the noise are random, secret, and never published: "
+        "who knows them can undo both.",
+        _RELATIONS[plan.relation].format(unit=plan.unit),
+        f"The unit of privacy is one {plan.unit}. Whoever contributed several is protected less: "
+        f"k of them are a group of size k.",
+        _STREAMS[plan.noise_stream],
+        "Every attempt at a step is counted, also one that crashed, as the ledger does.",
+    ]
 
 
 def _records(plan: PrivacyPlan) -> str:

@@ -8,10 +8,11 @@ from veilspan.accounting.engines.certified import CertifiedEngine
 from veilspan.accounting.engines.pld import PldEngine
 from veilspan.accounting.engines.protocol import Engine, EngineError
 from veilspan.accounting.engines.rdp import RdpEngine
-from veilspan.accounting.mechanism import SampledGaussian
+from veilspan.accounting.mechanism import Composed, SampledGaussian
 
 __all__ = [
     "CertifiedEngine",
+    "Composed",
     "Engine",
     "EngineError",
     "PldEngine",

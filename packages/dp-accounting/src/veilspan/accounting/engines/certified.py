@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
-from veilspan.accounting.bounds import EpsilonBounds
-from veilspan.accounting.engines.closed_form import closed_form, gaussian_epsilon
+from veilspan.accounting.bounds import DeltaBounds, EpsilonBounds
+from veilspan.accounting.engines.closed_form import (
+    closed_form,
+    closed_form_delta,
+    distance_without_sampling,
+    gaussian_delta,
+    gaussian_epsilon,
+    live_parts,
+)
+from veilspan.accounting.engines.overflow import charged_delta, charged_epsilon, cut_probability
 from veilspan.accounting.engines.pld import PldEngine
 from veilspan.accounting.engines.protocol import EngineError
 from veilspan.accounting.engines.rdp import RdpEngine
-from veilspan.accounting.mechanism import SampledGaussian
+from veilspan.accounting.mechanism import Mechanism
+
+_WITHOUT_SAMPLING = "Gaussian without sampling"
+_TROUBLE = (EngineError, FloatingPointError, OverflowError)
+_Bounds = TypeVar("_Bounds", EpsilonBounds, DeltaBounds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,40 +37,76 @@ class CertifiedEngine:
     pld: PldEngine = field(default_factory=PldEngine)
     rdp: RdpEngine = field(default_factory=RdpEngine)
 
-    def epsilon(self, mechanism: SampledGaussian, delta: float) -> EpsilonBounds:
+    def epsilon(self, mechanism: Mechanism, delta: float) -> EpsilonBounds:
         """Return bounds on ε at `delta`; `method` names the engine that answered."""
+        cut = cut_probability(mechanism)
+        if cut > 0:
+            return charged_epsilon(self.epsilon, mechanism, cut, delta)
         exact = closed_form(mechanism, delta)
         if exact is not None:
             return exact
+        mu = distance_without_sampling(live_parts(mechanism))
+        loosest = gaussian_epsilon(mu, delta) * (1 + 1e-10)
         try:
             bounds = self.pld.epsilon(mechanism, delta)
-        except (EngineError, FloatingPointError, OverflowError):
-            bounds = self.rdp.epsilon(mechanism, delta)
-        return _at_most(bounds, _without_sampling(mechanism, delta))
+        except _TROUBLE:
+            try:
+                bounds = self.rdp.epsilon(mechanism, delta)
+            except EngineError:
+                return EpsilonBounds(
+                    lower=0.0,
+                    estimate=loosest,
+                    upper=loosest,
+                    delta=delta,
+                    direction="both",
+                    method=_WITHOUT_SAMPLING,
+                )
+        return _at_most(bounds, loosest, "ε")
+
+    def delta(self, mechanism: Mechanism, epsilon: float) -> DeltaBounds:
+        """Return bounds on δ at `epsilon`; `method` names the engine that answered."""
+        cut = cut_probability(mechanism)
+        if cut > 0:
+            return charged_delta(self.delta, mechanism, cut, epsilon)
+        exact = closed_form_delta(mechanism, epsilon)
+        if exact is not None:
+            return exact
+        mu = distance_without_sampling(live_parts(mechanism))
+        loosest = gaussian_delta(epsilon, mu, +1)
+        try:
+            bounds = self.pld.delta(mechanism, epsilon)
+        except _TROUBLE:
+            try:
+                bounds = self.rdp.delta(mechanism, epsilon)
+            except EngineError:
+                return DeltaBounds(
+                    lower=0.0,
+                    estimate=loosest,
+                    upper=loosest,
+                    epsilon=epsilon,
+                    direction="both",
+                    method=_WITHOUT_SAMPLING,
+                )
+        return _at_most(bounds, loosest, "δ")
 
 
-def _without_sampling(mechanism: SampledGaussian, delta: float) -> float:
-    """Return ε if every record were in every sample: always an upper bound, with no guarantee lost.
+def _at_most(bounds: _Bounds, upper: float, name: str) -> _Bounds:
+    """Return bounds that use what holds if every record is in every sample: never less private.
 
     The sampled pair is a mixture of the full pair with a pair of equals, and the divergence of a
     mixture is at most the mixture of the divergences.
     """
-    mu = math.sqrt(mechanism.steps) / mechanism.noise_multiplier
-    return gaussian_epsilon(mu, delta) * (1 + 1e-10)
-
-
-def _at_most(bounds: EpsilonBounds, upper: float) -> EpsilonBounds:
     if bounds.upper <= upper:
         return bounds
     if bounds.lower > upper:
         raise EngineError(
-            f"two valid bounds contradict each other: ε ≥ {bounds.lower} ({bounds.method}) and "
-            f"ε ≤ {upper} (Gaussian without sampling). This is a bug in veilspan.accounting; "
-            "please report it with the plan that led here."
+            f"two valid bounds contradict each other: {name} ≥ {bounds.lower} ({bounds.method}) "
+            f"and {name} ≤ {upper} (Gaussian without sampling). This is a bug in "
+            "veilspan.accounting; please report it with the plan that led here."
         )
     return replace(
         bounds,
         upper=upper,
         estimate=min(bounds.estimate, upper),
-        method=f"Gaussian without sampling (tighter than {bounds.method})",
+        method=f"{_WITHOUT_SAMPLING} (tighter than {bounds.method})",
     )

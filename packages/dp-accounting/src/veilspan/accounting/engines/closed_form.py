@@ -8,36 +8,108 @@ from typing import Any
 from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
-from veilspan.accounting.bounds import EpsilonBounds
-from veilspan.accounting.mechanism import SampledGaussian
+from veilspan.accounting.bounds import DeltaBounds, EpsilonBounds
+from veilspan.accounting.engines.protocol import EngineError
+from veilspan.accounting.mechanism import Mechanism, SampledGaussian
 
 # The closed form is evaluated in doubles and its root found to 4 ulp; this margin covers both.
 _MARGIN = 1e-10
+_DELTA_MARGIN, _CANCELLATION = 1e-9, 1e-13
+_NOTHING = "exact (nothing about a record is released)"
+_NO_NOISE = "exact (released without noise)"
+_GAUSSIAN = "analytic Gaussian"
 
 
-def closed_form(mechanism: SampledGaussian, delta: float) -> EpsilonBounds | None:
+def live_parts(mechanism: Mechanism) -> tuple[SampledGaussian, ...]:
+    """Return the phases that release anything about a record."""
+    return tuple(
+        part
+        for part in mechanism.parts
+        if part.sampling_probability > 0
+        and part.steps > 0
+        and not math.isinf(part.noise_multiplier)
+    )
+
+
+def refuse_overflow(mechanism: Mechanism) -> None:
+    """Raise `EngineError` where samples may be cut: their chance has to be charged to δ first."""
+    if any(part.overflow > 0 for part in mechanism.parts):
+        raise EngineError(
+            "samples may be larger than what is processed (sampling='truncated_poisson'); only the "
+            "certified engine counts that."
+        )
+
+
+def distance_without_sampling(parts: tuple[SampledGaussian, ...]) -> float:
+    """Return the distance of the means over the noise if every record were in every sample."""
+    return math.sqrt(
+        sum(part.steps * (part.distance / part.noise_multiplier) ** 2 for part in parts)
+    )
+
+
+def closed_form(mechanism: Mechanism, delta: float) -> EpsilonBounds | None:
     """Return ε where it is known exactly, and None where it has to be computed.
 
     Guarantee:
         ε is 0 if nothing is released or the noise is infinite, infinite if anything is released
         without noise, and the analytic Gaussian's if every record is in every sample.
     """
-    sigma, q, steps = mechanism.noise_multiplier, mechanism.sampling_probability, mechanism.steps
-    if q == 0 or steps == 0 or math.isinf(sigma):
-        return _exact(0.0, delta, "exact (nothing about a record is released)")
-    if sigma == 0:
-        return _exact(math.inf, delta, "exact (released without noise)")
-    if q == 1:
-        epsilon = gaussian_epsilon(math.sqrt(steps) / sigma, delta)
-        return EpsilonBounds(
-            lower=epsilon * (1 - _MARGIN),
-            estimate=epsilon,
-            upper=epsilon * (1 + _MARGIN),
-            delta=delta,
-            direction="both",
-            method="analytic Gaussian",
+    refuse_overflow(mechanism)
+    parts = live_parts(mechanism)
+    if not parts:
+        return _exact(0.0, delta, _NOTHING)
+    if any(part.noise_multiplier == 0 for part in parts):
+        return _exact(math.inf, delta, _NO_NOISE)
+    if any(part.sampling_probability < 1 for part in parts):
+        return None
+    epsilon = gaussian_epsilon(distance_without_sampling(parts), delta)
+    return EpsilonBounds(
+        lower=epsilon * (1 - _MARGIN),
+        estimate=epsilon,
+        upper=epsilon * (1 + _MARGIN),
+        delta=delta,
+        direction="both",
+        method=_GAUSSIAN,
+    )
+
+
+def closed_form_delta(mechanism: Mechanism, epsilon: float) -> DeltaBounds | None:
+    """Return δ where it is known exactly, and None where it has to be computed.
+
+    Without noise δ is the chance that a record is in any of the samples that get none, unless other
+    releases add to it; then it is only bounded by that and 1.
+    """
+    refuse_overflow(mechanism)
+    parts = live_parts(mechanism)
+    if not parts:
+        return _delta(0.0, 0.0, epsilon, _NOTHING)
+    bare = [part for part in parts if part.noise_multiplier == 0]
+    if bare:
+        missed = sum(
+            part.steps * math.log1p(-part.sampling_probability)
+            if part.sampling_probability < 1
+            else -math.inf
+            for part in bare
         )
-    return None
+        seen = -math.expm1(missed)
+        return _delta(seen * (1 - _MARGIN), 1.0, epsilon, _NO_NOISE)
+    if any(part.sampling_probability < 1 for part in parts):
+        return None
+    mu = distance_without_sampling(parts)
+    return _delta(
+        gaussian_delta(epsilon, mu, -1), gaussian_delta(epsilon, mu, +1), epsilon, _GAUSSIAN
+    )
+
+
+def _delta(lower: float, upper: float, epsilon: float, method: str) -> DeltaBounds:
+    return DeltaBounds(
+        lower=lower,
+        estimate=(lower + upper) / 2,
+        upper=upper,
+        epsilon=epsilon,
+        direction="both",
+        method=method,
+    )
 
 
 def _exact(epsilon: float, delta: float, method: str) -> EpsilonBounds:
@@ -60,6 +132,14 @@ def gaussian_log_delta(epsilon: float, mu: float) -> float:
     log_second = epsilon + float(log_ndtr(-mu / 2 - epsilon / mu))
     gap = log_second - log_first
     return log_first + math.log(-math.expm1(gap)) if gap < 0 else -math.inf
+
+
+def gaussian_delta(epsilon: float, mu: float, sign: int) -> float:
+    """Return δ(ε) of one Gaussian release from above (`sign` +1) or below (-1)."""
+    log_delta = gaussian_log_delta(epsilon * (1 - sign * _MARGIN), mu)
+    # The two terms of δ cancel where mu is small; their difference is about mu times either.
+    slack = sign * (_DELTA_MARGIN + _CANCELLATION / mu)
+    return min(max(math.exp(log_delta) * (1 + slack), 0.0), 1.0)
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:

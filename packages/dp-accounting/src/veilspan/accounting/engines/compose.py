@@ -9,7 +9,7 @@ multiplies by exp(K(θ) - θ · loss), and dividing by δ on the way keeps that 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -37,13 +37,45 @@ _LARGEST_EXPONENT = 600.0
 _NEGLIGIBLE = -60.0
 
 
+class _Part:
+    """The finite losses of one kind of release, and how often it happens."""
+
+    def __init__(self, grid: GridLoss, steps: int) -> None:
+        occupied = grid.mass > 0
+        self.index, self.mass = grid.index[occupied], grid.mass[occupied]
+        self.loss = grid.loss[occupied]
+        self.log_mass = np.log(self.mass)
+        self.steps = steps
+        # log(1 - probability that any of the steps has an infinite loss)
+        self.log_finite = steps * math.log1p(-grid.infinite)
+
+    def log_moments(self, order: Array) -> Array:
+        """Return log E[exp(order · loss)] of one finite loss, for each order."""
+        exponent = order[:, None] * self.loss + self.log_mass
+        peak = exponent.max(axis=1, keepdims=True)
+        return peak[:, 0] + np.log(np.exp(exponent - peak).sum(axis=1))
+
+    def variance(self, order: float) -> float:
+        """Return the variance of one loss after tilting by `order`."""
+        exponent = order * self.loss + self.log_mass
+        weight = np.exp(exponent - exponent.max())
+        weight /= weight.sum()
+        return float(np.dot(weight, (self.loss - np.dot(weight, self.loss)) ** 2))
+
+    def transform(self, theta: float, size: int) -> np.ndarray:
+        """Return the Fourier transform of one tilted loss, wrapped to `size` points."""
+        exponent = theta * self.loss + self.log_mass
+        weight = np.exp(exponent - self.log_moments(np.array([theta])))
+        return fft.rfft(np.bincount(self.index % size, weights=weight, minlength=size))
+
+
 class Composition:
-    """The loss of `steps` independent releases, prepared for questions near one δ.
+    """The loss of independent releases, prepared for questions near one δ.
 
     Args:
-        grid: Loss of one release.
-        steps: Number of releases, at least 1.
-        delta: The δ at which ε will be asked.
+        parts: The loss of one release and the number of such releases, at least 1, for each kind;
+            all on grids of one spacing.
+        delta: The δ at which ε will be asked, or about which δ will be found.
         largest_transform: Most grid points the transform may have.
         guess: About where ε lies, rather too small than too large; `None` for no idea. Affects
             precision and cost only.
@@ -54,23 +86,20 @@ class Composition:
 
     def __init__(
         self,
-        grid: GridLoss,
-        steps: int,
+        parts: Sequence[tuple[GridLoss, int]],
         delta: float,
         *,
         largest_transform: int,
         guess: float | None = None,
     ) -> None:
-        self._spacing, self._steps = grid.spacing, steps
-        occupied = grid.mass > 0
-        self._index, self._mass = grid.index[occupied], grid.mass[occupied]
-        self._origin = grid.origin
-        self._loss = grid.loss[occupied]
-        # log(1 - probability that any of the steps had an infinite loss)
-        self._log_finite = steps * math.log1p(-grid.infinite)
+        (self._spacing,) = {grid.spacing for grid, _ in parts}
+        self._parts = [_Part(grid, steps) for grid, steps in parts]
+        self._origin = sum(steps * grid.origin for grid, steps in parts)
+        self._steps = sum(steps for _, steps in parts)
+        self._log_finite = sum(part.log_finite for part in self._parts)
         self._log_delta = math.log(delta)
         self._largest_transform = largest_transform
-        self._charge = 2 * _OUTSIDE + _ROUNDING + _ROUNDING_PER_STEP * steps
+        self._charge = 2 * _OUTSIDE + _ROUNDING + _ROUNDING_PER_STEP * self._steps
         # Without a guess the tilt is the strongest that makes sense.
         self._stronger = 0.25 if guess is None else 2.0
         self._tilt(self._best_tilt(guess))
@@ -98,11 +127,33 @@ class Composition:
             except WindowTooWideError:
                 return
 
+    def upper_delta(self, epsilon: float) -> float:
+        """Return δ at `epsilon`, errors added."""
+        return self._delta(epsilon, +1)
+
+    def lower_delta(self, epsilon: float) -> float:
+        """Return δ at `epsilon`, errors taken off."""
+        return self._delta(epsilon, -1)
+
+    def _delta(self, epsilon: float, sign: int) -> float:
+        """Return δ(ε) from above (`sign` +1) or below (-1)."""
+        log_scale = self._log_moment - self._log_delta
+        if log_scale - self._theta * epsilon > _LARGEST_EXPONENT:
+            return 1.0 if sign > 0 else 0.0
+        begin = max(0, math.floor((epsilon - self._origin) / self._spacing) - self._first)
+        loss = self._losses()[begin:]
+        weight = self._tilted[begin:] * np.exp(log_scale - self._theta * loss)
+        gain = -np.expm1(np.minimum(epsilon - loss, 0.0))
+        # As in `_invert`, whatever is missing or misplaced lies above ε.
+        charge = sign * self._charge * math.exp(log_scale - self._theta * epsilon)
+        finite = max(float(np.dot(weight, gain)) + charge, 0.0) * math.exp(self._log_delta)
+        return min(finite * math.exp(self._log_finite) - math.expm1(self._log_finite), 1.0)
+
     def _log_moments(self, order: Array) -> Array:
-        """Return log E[exp(order · loss)] of one finite loss, for each order."""
-        exponent = order[:, None] * self._loss + np.log(self._mass)
-        peak = exponent.max(axis=1, keepdims=True)
-        return peak[:, 0] + np.log(np.exp(exponent - peak).sum(axis=1))
+        """Return log E[exp(order · loss)] of the sum of all finite losses, for each order."""
+        return sum(
+            (part.steps * part.log_moments(order) for part in self._parts), np.zeros(len(order))
+        )
 
     def _best_tilt(self, guess: float | None) -> float:
         """Return a tilt; it decides how precise the answer is, never whether it holds.
@@ -113,7 +164,7 @@ class Composition:
         """
         weakest, strongest = min(1e-2 / self._spread(0.0), 1e-2), 1e3 / self._spread(0.0)
         orders = np.geomspace(weakest, strongest, int(12 * math.log10(strongest / weakest)) + 2)
-        log_tail = self._steps * self._log_moments(orders) - self._log_delta
+        log_tail = self._log_moments(orders) - self._log_delta
         if guess is None:
             return float(orders[np.argmin(log_tail / orders)])
         log_error = math.log(self._charge) + log_tail - orders * guess
@@ -122,20 +173,16 @@ class Composition:
 
     def _spread(self, order: float) -> float:
         """Return the standard deviation of the composed loss after tilting by `order`."""
-        exponent = order * self._loss + np.log(self._mass)
-        weight = np.exp(exponent - exponent.max())
-        weight /= weight.sum()
-        variance = np.dot(weight, (self._loss - np.dot(weight, self._loss)) ** 2)
-        return max(math.sqrt(self._steps * float(variance)), self._spacing)
+        variance = sum(part.steps * part.variance(order) for part in self._parts)
+        return max(math.sqrt(variance), self._spacing)
 
     def _tilt(self, theta: float) -> None:
         """Tilt by `theta` and transform."""
         self._theta = theta
-        self._log_moment = self._steps * float(self._log_moments(np.array([theta]))[0])
+        self._log_moment = float(self._log_moments(np.array([theta]))[0])
         low, high = self._window()
-        offset = self._steps * self._origin
-        self._first = math.floor((low - offset) / self._spacing) - 1
-        last = math.ceil((high - offset) / self._spacing) + 1
+        self._first = math.floor((low - self._origin) / self._spacing) - 1
+        last = math.ceil((high - self._origin) / self._spacing) + 1
         size = last - self._first + 1
         if size > self._largest_transform:
             raise WindowTooWideError(self._spacing * 1.05 * size / self._largest_transform)
@@ -143,10 +190,14 @@ class Composition:
 
     def _window(self) -> tuple[float, float]:
         """Return losses below and above which the tilted sum has at most `_OUTSIDE` mass each."""
-        shift = np.geomspace(0.3, 60.0, 32) / self._spread(self._theta)
+        spread = self._spread(self._theta)
+        # Weak shifts serve losses that are rare and large against the spread.
+        shift = np.concatenate(
+            [np.geomspace(0.3, 60.0, 32) / spread, np.geomspace(0.3, max(0.3 / spread, 0.4), 12)]
+        )
         centre = self._log_moments(np.array([self._theta]))
-        above = self._steps * (self._log_moments(self._theta + shift) - centre)
-        below = self._steps * (self._log_moments(self._theta - shift) - centre)
+        above = self._log_moments(self._theta + shift) - centre
+        below = self._log_moments(self._theta - shift) - centre
         log_outside = math.log(_OUTSIDE)
         high = float(np.min((above - log_outside) / shift))
         low = float(np.max((log_outside - below) / shift))
@@ -155,18 +206,23 @@ class Composition:
     def _transform(self, size: int) -> Array:
         """Return the tilted mass of the sum at grid points `_first` and above."""
         size = fft.next_fast_len(max(size, 64), real=True)
-        exponent = self._theta * self._loss + np.log(self._mass)
-        weight = np.exp(exponent - self._log_moments(np.array([self._theta])))
-        wrapped = np.bincount(self._index % size, weights=weight, minlength=size)
-        transform = fft.rfft(wrapped)
-        # Frequencies that vanish in the power need not be raised to it.
-        kept = np.abs(transform) > math.exp(_NEGLIGIBLE / self._steps)
-        power = np.zeros_like(transform)
-        power[kept] = _power(transform[kept], self._steps)
-        tilted = np.roll(fft.irfft(power, size), -(self._first % size))
+        transforms = [part.transform(self._theta, size) for part in self._parts]
+        # Frequencies that vanish in the product need not be raised to their powers.
+        kept = np.full(len(transforms[0]), True)
+        for part, transform in zip(self._parts, transforms, strict=True):
+            kept &= np.abs(transform) > math.exp(_NEGLIGIBLE / part.steps)
+        product = np.zeros_like(transforms[0])
+        product[kept] = 1.0
+        for part, transform in zip(self._parts, transforms, strict=True):
+            product[kept] *= _power(transform[kept], part.steps)
+        tilted = np.roll(fft.irfft(product, size), -(self._first % size))
         if not np.isfinite(tilted).all():
             raise EngineError("the Fourier transform of the loss overflowed")
         return np.maximum(tilted, 0.0)
+
+    def _losses(self) -> Array:
+        """Return the loss at each point of the window."""
+        return self._origin + self._spacing * (self._first + np.arange(len(self._tilted)))
 
     def _epsilon(self, sign: int) -> tuple[float, _Flaw]:
         """Return ε from above (`sign` +1) or below (-1) and what keeps it from being sharp."""
@@ -177,8 +233,7 @@ class Composition:
         # Below this a weight could overflow.
         log_scale = self._log_moment - self._log_delta
         floor = max(0.0, (log_scale - _LARGEST_EXPONENT) / self._theta)
-        point = self._first + np.arange(len(self._tilted))
-        loss = self._steps * self._origin + self._spacing * point
+        loss = self._losses()
         begin = int(np.searchsorted(loss, floor))
         if begin == len(loss):
             return (floor if sign > 0 else 0.0), "none" if floor == 0 else "below window"

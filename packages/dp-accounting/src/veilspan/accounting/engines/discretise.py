@@ -96,12 +96,12 @@ def _dominated_from(
     cells = step.cells_above(first, start, spacing, largest)
     first_with, first_without = step.below(first)
     if direction == "remove":
-        mass = _merge(cells.with_record, cells.excess, cells.deficit)
+        mass = merge(cells.with_record, cells.excess, cells.deficit)
         mass[0] += first_with
         mass[-1] += cells.tail[0]
         return GridLoss(step.bottom + start, spacing, cells.index, mass, 0.0)
     loss = step.bottom + start + spacing * cells.index
-    mass = _merge(
+    mass = merge(
         cells.without_record[::-1],
         (np.exp(-loss[1:]) * cells.deficit)[::-1],
         (np.exp(-loss[:-1]) * cells.excess)[::-1],
@@ -111,7 +111,7 @@ def _dominated_from(
     return GridLoss(-step.bottom - start, spacing, -cells.index[::-1], mass, 0.0)
 
 
-def _merge(mass: Array, excess: Array, deficit: Array, *, last_down: bool = False) -> Array:
+def merge(mass: Array, excess: Array, deficit: Array, *, last_down: bool = False) -> Array:
     """Move each cell's mass to its end nodes, never raising the loss of the result.
 
     Args:

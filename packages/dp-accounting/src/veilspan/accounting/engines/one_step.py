@@ -21,8 +21,8 @@ from veilspan.accounting.mechanism import SampledGaussian
 
 Array = NDArray[np.floating[Any]]
 
-_LARGEST_LOSS = 600.0  # exp(loss) must stay a finite double with room for products
-_FINE_DEVIATIONS = 12.0  # cells are one spacing wide this near to loss 0, where the mass is
+LARGEST_LOSS = 600.0  # exp(loss) must stay a finite double with room for products
+FINE_DEVIATIONS = 12.0  # cells are one spacing wide this near to loss 0, where the mass is
 _GROWTH = 0.006  # farther out a cell may be this fraction of its distance from loss 0
 
 
@@ -75,7 +75,7 @@ class OneStep:
         )
         log_ratio = math.log(self.q) - self.bottom + (x - 0.5) / self.sigma**2
         excess = float(np.logaddexp(0.0, log_ratio))
-        if excess > _LARGEST_LOSS:
+        if excess > LARGEST_LOSS:
             raise EngineError(f"the loss of one step reaches {excess:.3g}, beyond a double's range")
         return excess
 
@@ -114,18 +114,18 @@ class OneStep:
     def _nodes(self, last: int, zero: float, spacing: float) -> NDArray[np.int64]:
         """Return node numbers from 0 to `last`, all of them near loss 0, which is at `zero`."""
         centre = min(max(round(zero / spacing), 0), last)
-        fine = math.ceil(_FINE_DEVIATIONS * self.loss_scale() / spacing)
-        right = centre + _distances(last - centre, fine)
-        left = centre - _distances(centre, fine)
+        fine = math.ceil(FINE_DEVIATIONS * self.loss_scale() / spacing)
+        right = centre + distances(last - centre, fine)
+        left = centre - distances(centre, fine)
         return np.unique(np.concatenate([left, right]))
 
     def _cut(self, start: float, index: NDArray[np.int64], spacing: float, first: float) -> Cells:
         d = start + spacing * index
-        if d[-1] > _LARGEST_LOSS + 100:
+        if d[-1] > LARGEST_LOSS + 100:
             raise EngineError(f"a grid of spacing {spacing:.3g} leaves the range of doubles")
         x = np.concatenate([[first], self.position(d[1:])])
-        without = _interval_probability(x / self.sigma)
-        shifted = _interval_probability((x - 1) / self.sigma)
+        without = interval_probability(x / self.sigma)
+        shifted = interval_probability((x - 1) / self.sigma)
         # P - e^t Q with t = log(1 - q) + d, written without subtracting the (1 - q) Q that cancels.
         excess = self.q * shifted - (1 - self.q) * np.expm1(d[:-1]) * without
         deficit = (1 - self.q) * np.expm1(d[1:]) * without - self.q * shifted
@@ -142,13 +142,13 @@ class OneStep:
         )
 
 
-def _interval_probability(z: Array) -> Array:
+def interval_probability(z: Array) -> Array:
     """Return the standard normal probability between neighbouring points, precise in both tails."""
     lower, upper = z[:-1], z[1:]
     return np.where(lower < 0, ndtr(upper) - ndtr(lower), ndtr(-lower) - ndtr(-upper))
 
 
-def _distances(last: int, fine: int) -> NDArray[np.int64]:
+def distances(last: int, fine: int) -> NDArray[np.int64]:
     """Return 0, 1, …, `fine` and from there ever wider steps up to `last`."""
     if last <= fine:
         return np.arange(last + 1)

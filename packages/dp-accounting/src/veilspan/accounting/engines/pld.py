@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Literal
+from dataclasses import dataclass
 
-from veilspan.accounting.bounds import Direction, EpsilonBounds
-from veilspan.accounting.engines.closed_form import closed_form
-from veilspan.accounting.engines.compose import Composition, WindowTooWideError
-from veilspan.accounting.engines.discretise import GridLoss, dominated, dominating
-from veilspan.accounting.engines.one_step import OneStep
+from veilspan.accounting.bounds import DeltaBounds, Direction, EpsilonBounds
+from veilspan.accounting.engines.closed_form import closed_form, closed_form_delta, live_parts
 from veilspan.accounting.engines.protocol import EngineError
-from veilspan.accounting.mechanism import SampledGaussian
+from veilspan.accounting.engines.question import COARSE, OneDirection, Question
+from veilspan.accounting.engines.rdp import RdpEngine
+from veilspan.accounting.mechanism import Mechanism
 
-_Direction = Literal["remove", "add"]
-_Bound = Literal["upper", "lower"]
-
-_FINENESS = (0.03, 0.012, 0.005)  # grid spacing in standard deviations of one step's loss
-_INFINITE = 1e-6  # share of δ that may be spent on losses beyond the grid
-# Rounding of the discretised one-step loss: a bias of its mean, which every step adds again.
-_LOSS_ROUNDING = 1e-15
-_MARGIN = 1e-9
-_ROUGH_TRANSFORM = 1 << 14
-_COARSENINGS = 12
+_FINENESS = (COARSE, 0.012, 0.005)  # grid spacing in standard deviations of one step's loss
+_DELTA_WIDTH = 20  # how much wider than ε, relative, the bounds on δ may be
+_METHOD = "privacy loss distribution"
+_CONTRADICTION = 1e-6
+_SMALLEST_DELTA = 1e-280
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +34,9 @@ class PldEngine:
         ValueError: If an argument is not positive.
 
     Guarantee:
-        `lower ≤ ε ≤ upper` over both directions of add/remove adjacency. Discretisation, truncation
-        and aliasing are bounded by proof, rounding of doubles by margins that the tests check
-        against closed forms and integrals.
+        `lower ≤ ε ≤ upper` over both directions of add/remove, or of replace. Discretisation,
+        truncation and aliasing are bounded by proof, rounding of doubles by margins that the tests
+        check against closed forms and integrals.
     """
 
     relative_width: float = 5e-4
@@ -58,33 +50,90 @@ class PldEngine:
                 f"{self.largest_transform}; they must be above 0 and at least 1024."
             )
 
-    def epsilon(self, mechanism: SampledGaussian, delta: float) -> EpsilonBounds:
+    def epsilon(self, mechanism: Mechanism, delta: float) -> EpsilonBounds:
         """Return certified bounds on ε at `delta`; see the class for the guarantee."""
         exact = closed_form(mechanism, delta)
         if exact is not None:
             return exact
-        bounds = self._bounds(mechanism, delta, _FINENESS[0])
+        question = Question(live_parts(mechanism), delta, self.largest_transform)
+        bounds = self._bounds(question, _FINENESS[0])
         if self.one_sided:
             return bounds
         for fineness in _FINENESS[1:]:
             if bounds.upper <= bounds.lower * (1 + self.relative_width):
                 break
-            finer = self._bounds(mechanism, delta, fineness)
+            finer = self._bounds(question, fineness)
             useful = finer.upper - finer.lower < 0.7 * (bounds.upper - bounds.lower)
             bounds = _tighter(bounds, finer)
             if not useful:
                 break  # the largest transform is reached
         return bounds
 
-    def _bounds(self, mechanism: SampledGaussian, delta: float, fineness: float) -> EpsilonBounds:
-        question = _Question(mechanism, delta, self.largest_transform)
-        remove = question.ask("remove", "upper", fineness)
-        add = question.ask("add", "upper", fineness)
-        upper, direction = (remove, "remove") if remove >= add else (add, "add")
-        lower = 0.0
+    def _bounds(self, question: Question, fineness: float) -> EpsilonBounds:
+        uppers: dict[OneDirection, float] = {
+            d: question.epsilon(d, "upper", fineness) for d in question.directions
+        }
+        worse = max(uppers, key=lambda d: uppers[d])
+        lower, upper = 0.0, uppers[worse]
         if not self.one_sided:
-            lower = min(question.ask(direction, "lower", fineness), upper)
-        return _between(lower, upper, delta, direction)
+            lower = _ordered(question.epsilon(worse, "lower", fineness), upper)
+        direction: Direction = worse if len(uppers) > 1 else "both"
+        return _between(lower, upper, question.delta, direction)
+
+    def delta(self, mechanism: Mechanism, epsilon: float) -> DeltaBounds:
+        """Return certified bounds on δ at `epsilon`, at most 1 % apart if the transform allows.
+
+        Raises:
+            EngineError: If the loss leaves the range of doubles.
+
+        Guarantee:
+            `lower ≤ δ(ε) ≤ upper` over both directions.
+        """
+        exact = closed_form_delta(mechanism, epsilon)
+        if exact is not None:
+            return exact
+        parts = live_parts(mechanism)
+        best = _delta_between(0.0, 1.0, epsilon, "both")
+        if parts[0].relation == "add_remove":
+            best = _tighter_delta(best, RdpEngine().delta(mechanism, epsilon))
+        for fineness in _FINENESS:
+            while True:  # the grid is made for a δ: ask again until it is made for about this one
+                scale = max(best.upper, _SMALLEST_DELTA)
+                question = Question(parts, scale, self.largest_transform)
+                finer = self._delta_bounds(question, epsilon, fineness)
+                best = _tighter_delta(best, finer)
+                if best.upper >= 0.1 * scale or scale == _SMALLEST_DELTA:
+                    break
+            if self.one_sided or best.upper <= best.lower * (
+                1 + _DELTA_WIDTH * self.relative_width
+            ):
+                break
+        return best
+
+    def _delta_bounds(self, question: Question, epsilon: float, fineness: float) -> DeltaBounds:
+        uppers: dict[OneDirection, float] = {
+            d: question.delta_at(epsilon, d, "upper", fineness) for d in question.directions
+        }
+        worse = max(uppers, key=lambda d: uppers[d])
+        lower, upper = 0.0, uppers[worse]
+        if not self.one_sided:
+            lower = _ordered(question.delta_at(epsilon, worse, "lower", fineness), upper)
+        direction: Direction = worse if len(uppers) > 1 else "both"
+        return _delta_between(lower, upper, epsilon, direction)
+
+
+def _ordered(lower: float, upper: float) -> float:
+    """Return `lower`, or `upper` where only rounding puts it below.
+
+    Raises:
+        EngineError: If the two contradict each other, so that one of them must be wrong.
+    """
+    if lower > upper * (1 + _CONTRADICTION):
+        raise EngineError(
+            f"two bounds contradict each other: at least {lower} and at most {upper}. This is a "
+            "bug in veilspan.accounting; please report it with the plan that led here."
+        )
+    return min(lower, upper)
 
 
 def _between(lower: float, upper: float, delta: float, direction: Direction) -> EpsilonBounds:
@@ -94,7 +143,7 @@ def _between(lower: float, upper: float, delta: float, direction: Direction) -> 
         upper=upper,
         delta=delta,
         direction=direction,
-        method="privacy loss distribution",
+        method=_METHOD,
     )
 
 
@@ -105,67 +154,19 @@ def _tighter(first: EpsilonBounds, second: EpsilonBounds) -> EpsilonBounds:
     return _between(lower, best.upper, best.delta, best.direction)
 
 
-@dataclass(frozen=True)
-class _Question:
-    """One mechanism and δ, to be asked for either bound in either direction."""
-
-    mechanism: SampledGaussian
-    delta: float
-    largest_transform: int
-
-    def ask(self, direction: _Direction, bound: _Bound, fineness: float) -> float:
-        """Return the bound from a grid of `fineness`, or one that just fits the transform."""
-        composed = self._compose(direction, bound, fineness, self._rough(direction))
-        rounding = _LOSS_ROUNDING * self.mechanism.steps
-        if bound == "upper":
-            return composed.upper_epsilon() * (1 + _MARGIN) + rounding
-        return max(composed.lower_epsilon() * (1 - _MARGIN) - rounding, 0.0)
-
-    def _rough(self, direction: _Direction) -> float | None:
-        """Return slightly less than ε, or nothing, from two transforms that cost very little."""
-        rough = replace(self, largest_transform=min(_ROUGH_TRANSFORM, self.largest_transform))
-        guess = None
-        for _ in range(2):  # the second window is narrower, so its grid is finer
-            try:
-                epsilon = rough._compose(direction, "upper", _FINENESS[0], guess).upper_epsilon()
-            except EngineError:
-                break
-            guess = 0.95 * epsilon if math.isfinite(epsilon) else guess
-        return guess
-
-    def _compose(
-        self, direction: _Direction, bound: _Bound, fineness: float, guess: float | None
-    ) -> Composition:
-        steps = self.mechanism.steps
-        # Rounding the step count up lets neighbouring questions share the one-step loss.
-        tail = _INFINITE * self.delta / (1 << steps.bit_length())
-        spacing = fineness * OneStep(self.mechanism).loss_scale()
-        for _ in range(_COARSENINGS):
-            grid = _grid(self.mechanism, (direction, bound), spacing, tail)
-            try:
-                return Composition(
-                    grid,
-                    steps,
-                    self.delta,
-                    largest_transform=self.largest_transform,
-                    guess=guess,
-                )
-            except WindowTooWideError as error:
-                spacing = error.spacing
-        raise EngineError(f"no grid of {self.largest_transform} points holds {self.mechanism}")
+def _delta_between(lower: float, upper: float, epsilon: float, direction: Direction) -> DeltaBounds:
+    return DeltaBounds(
+        lower=lower,
+        estimate=(lower + upper) / 2,
+        upper=upper,
+        epsilon=epsilon,
+        direction=direction,
+        method=_METHOD,
+    )
 
 
-def _grid(
-    mechanism: SampledGaussian, kind: tuple[_Direction, _Bound], spacing: float, tail: float
-) -> GridLoss:
-    one = replace(mechanism, steps=1)  # the number of steps must not divide the cache
-    return _cached_grid(one, kind, spacing, tail)
-
-
-@lru_cache(maxsize=32)
-def _cached_grid(
-    mechanism: SampledGaussian, kind: tuple[_Direction, _Bound], spacing: float, tail: float
-) -> GridLoss:
-    step, (direction, bound) = OneStep(mechanism), kind
-    build = dominating if bound == "upper" else dominated
-    return build(step, direction, spacing, step.largest_excess(tail))
+def _tighter_delta(first: DeltaBounds, second: DeltaBounds) -> DeltaBounds:
+    """Return the intersection of two valid answers to one question."""
+    best = first if first.upper < second.upper else second
+    lower = min(max(first.lower, second.lower), best.upper)
+    return _delta_between(lower, best.upper, best.epsilon, best.direction)

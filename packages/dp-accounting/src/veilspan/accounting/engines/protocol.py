@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from veilspan.accounting.bounds import EpsilonBounds
-from veilspan.accounting.mechanism import SampledGaussian
+from veilspan.accounting.mechanism import Mechanism
 
 
 class EngineError(RuntimeError):
@@ -13,15 +13,15 @@ class EngineError(RuntimeError):
 
 
 class Engine(Protocol):
-    """Bound the ε of a mechanism in both directions of add/remove adjacency."""
+    """Bound the ε of a mechanism in both directions of its neighbouring relation."""
 
-    def epsilon(self, mechanism: SampledGaussian, delta: float) -> EpsilonBounds:
+    def epsilon(self, mechanism: Mechanism, delta: float) -> EpsilonBounds:
         """Return bounds on ε at `delta`.
 
         Raises:
             EngineError: If the engine cannot give a valid bound for this case.
 
         Guarantee:
-            `upper` is at least the exact ε in the add and in the remove direction.
+            `upper` is at least the exact ε in both directions.
         """
         ...

@@ -25,7 +25,7 @@ from veilspan.accounting.engines.closed_form import closed_form
 from veilspan.accounting.engines.one_step import OneStep
 from veilspan.accounting.engines.protocol import EngineError
 from veilspan.accounting.engines.rdp import ORDERS, RdpEngine, log_moment
-from veilspan.accounting.mechanism import SampledGaussian
+from veilspan.accounting.mechanism import Mechanism, SampledGaussian
 
 _DELTA_ERROR = 1e-3  # share of δ that prv-accountant may spend on its own approximations
 _ROUNDS = 4  # attempts at an absolute error that is small against ε
@@ -76,15 +76,21 @@ class PrvEngine:
                 f"{self.largest_domain}; they must be above 0 and at least 1024."
             )
 
-    def epsilon(self, mechanism: SampledGaussian, delta: float) -> EpsilonBounds:
+    def epsilon(self, mechanism: Mechanism, delta: float) -> EpsilonBounds:
         """Return bounds on ε at `delta`.
 
         Raises:
-            EngineError: If prv-accountant cannot answer soundly within the domain allowed.
+            EngineError: If prv-accountant cannot answer soundly within the domain allowed, there
+                are several phases, or the relation is not add/remove.
         """
         exact = closed_form(mechanism, delta)
         if exact is not None:
             return exact
+        if not isinstance(mechanism, SampledGaussian) or mechanism.relation != "add_remove":
+            raise EngineError(
+                "prv-accountant is asked about one phase under add/remove only; use the default "
+                "engine"
+            )
         error = self.relative_error * RdpEngine().epsilon(mechanism, delta).upper
         for _ in range(_ROUNDS):
             bounds = self._both(mechanism, delta, error)

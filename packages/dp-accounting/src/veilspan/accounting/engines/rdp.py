@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 from scipy.special import gammaln, logsumexp
 
-from veilspan.accounting.bounds import EpsilonBounds
-from veilspan.accounting.engines.closed_form import closed_form
-from veilspan.accounting.mechanism import SampledGaussian
+from veilspan.accounting.bounds import DeltaBounds, EpsilonBounds
+from veilspan.accounting.engines.closed_form import closed_form, closed_form_delta, live_parts
+from veilspan.accounting.engines.protocol import EngineError
+from veilspan.accounting.mechanism import Mechanism, SampledGaussian
 
 ORDERS = np.unique(
     np.concatenate([np.arange(2, 65), np.geomspace(65, 20_000, 60).astype(np.int64)])
 )
 _MARGIN = 1e-9
+_METHOD = "Rényi moments"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,40 +26,84 @@ class RdpEngine:
     """Bound ε by the best integer order of the Rényi divergence; the lower bound is 0.
 
     Guarantee:
-        The moment of the remove direction is at least that of the add direction (Mironov, Talwar,
-        Zhang 2019, https://arxiv.org/abs/1908.10530, Theorem 5), so one number covers both.
+        For add/remove only. The moment of the remove direction is at least that of the add
+        direction (Mironov, Talwar, Zhang 2019, https://arxiv.org/abs/1908.10530, Theorem 5), so one
+        number covers both.
         Converted by Canonne, Kamath, Steinke (2020), https://arxiv.org/abs/2004.00010, Prop. 12.
     """
 
-    def epsilon(self, mechanism: SampledGaussian, delta: float) -> EpsilonBounds:
-        """Return `0 ≤ ε ≤ upper` at `delta`."""
+    def epsilon(self, mechanism: Mechanism, delta: float) -> EpsilonBounds:
+        """Return `0 ≤ ε ≤ upper` at `delta`.
+
+        Raises:
+            EngineError: If the relation is not add/remove.
+        """
         exact = closed_form(mechanism, delta)
         if exact is not None:
             return exact
-        upper = max(0.0, min(_epsilon_at(int(order), mechanism, delta) for order in ORDERS))
+        log_delta = math.log(delta)
+        upper = max(0.0, min(_convert(*term, log_delta) for term in _terms(mechanism)))
         return EpsilonBounds(
             lower=0.0,
             estimate=upper,
             upper=upper,
             delta=delta,
             direction="remove",
-            method="Rényi moments",
+            method=_METHOD,
+        )
+
+    def delta(self, mechanism: Mechanism, epsilon: float) -> DeltaBounds:
+        """Return `0 ≤ δ ≤ upper` at `epsilon`.
+
+        Raises:
+            EngineError: If the relation is not add/remove.
+        """
+        exact = closed_form_delta(mechanism, epsilon)
+        if exact is not None:
+            return exact
+        log_upper = min(_log_delta(*term, epsilon) for term in _terms(mechanism))
+        upper = math.exp(min(log_upper, 0.0))
+        return DeltaBounds(
+            lower=0.0,
+            estimate=upper,
+            upper=upper,
+            epsilon=epsilon,
+            direction="remove",
+            method=_METHOD,
         )
 
 
-def _epsilon_at(order: int, mechanism: SampledGaussian, delta: float) -> float:
-    moment = mechanism.steps * log_moment(order, mechanism) / (order - 1)
-    conversion = math.log1p(-1 / order) - (math.log(delta) + math.log(order)) / (order - 1)
+def _terms(mechanism: Mechanism) -> list[tuple[int, float]]:
+    """Return each order with the Rényi divergence of all phases together."""
+    parts = live_parts(mechanism)
+    if any(part.relation != "add_remove" for part in parts):
+        raise EngineError("moments are known for add/remove only; use the default engine")
+    return [
+        (order, sum(part.steps * log_moment(order, part) for part in parts) / (order - 1))
+        for order in map(int, ORDERS)
+    ]
+
+
+def _convert(order: int, moment: float, log_delta: float) -> float:
+    conversion = math.log1p(-1 / order) - (log_delta + math.log(order)) / (order - 1)
     # Rounding grows with the largest term of the sums, not with their possibly small total.
     return moment + conversion + _MARGIN * (abs(moment) + abs(conversion))
 
 
+def _log_delta(order: int, moment: float, epsilon: float) -> float:
+    factor = moment + math.log1p(-1 / order) - epsilon
+    slack = _MARGIN * (moment + epsilon + 1 / order)
+    return (order - 1) * (factor + slack) - math.log(order)
+
+
 def log_moment(order: int, mechanism: SampledGaussian) -> float:
-    """Return log E_Q[(P/Q)^order] of one step of the remove direction, 0 < q < 1.
+    """Return log E_Q[(P/Q)^order] of one step of the remove direction, 0 < q ≤ 1.
 
     Source: Mironov, Talwar, Zhang (2019), https://arxiv.org/abs/1908.10530, Section 3.3.
     """
     q, sigma = mechanism.sampling_probability, mechanism.noise_multiplier
+    if q == 1:
+        return order * (order - 1) / (2 * sigma**2)
     k = np.arange(order + 1, dtype=np.float64)
     log_binomial = gammaln(order + 1) - gammaln(k + 1) - gammaln(order - k + 1)
     log_weight = log_binomial + k * math.log(q) + (order - k) * math.log1p(-q)

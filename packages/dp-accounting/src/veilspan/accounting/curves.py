@@ -1,0 +1,95 @@
+"""The commands `delta` and `curve`: what one plan answers besides its ε."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+import numpy as np
+
+from veilspan.accounting.bounds import round_up, round_up_short
+from veilspan.accounting.plan import PrivacyPlan
+from veilspan.accounting.plotting import epsilon_curve
+
+CURVES = ("tradeoff", "delta", "epsilon")
+Answer = tuple[dict[str, Any], str]
+
+
+def plan_of(options: argparse.Namespace) -> PrivacyPlan:
+    """Return the plan that the options of a command describe."""
+    return PrivacyPlan(
+        noise_multiplier=options.noise_multiplier,
+        sampling_probability=options.sampling_probability,
+        steps=options.steps,
+        delta=options.delta,
+        relation=options.relation,
+        sampling=options.sampling,
+        batch_cap=options.batch_cap,
+        most_records=options.most_records,
+    )
+
+
+def answer_delta(options: argparse.Namespace) -> Answer:
+    """Answer `delta`: bounds on δ at an ε; the plan's own δ is not used."""
+    plan = plan_of(options)
+    bounds = plan.delta_at(options.epsilon)
+    report = {
+        "delta": bounds.upper,  # what may be reported
+        "delta_lower": bounds.lower,
+        "delta_estimate": bounds.estimate,
+        "delta_upper": bounds.upper,
+        "epsilon": bounds.epsilon,
+        "direction": bounds.direction,
+        "method": bounds.method,
+        "noise_multiplier": plan.noise_multiplier,
+        "sampling_probability": plan.sampling_probability,
+        "steps": plan.steps,
+        "relation": plan.relation,
+    }
+    return report, f"{bounds}\nexact δ is at least {bounds.lower:.4g}; method: {bounds.method}"
+
+
+def answer_curve(options: argparse.Namespace) -> Answer:
+    """Answer `curve`: points of the trade-off curve, of δ over ε, or of ε over steps."""
+    if options.points < 2:
+        raise ValueError(f"points is {options.points}; a curve needs at least 2.")
+    plan = plan_of(options)
+    if plan.noise_multiplier == 0:
+        raise ValueError("noise_multiplier is 0, so ε is infinite and there is no curve.")
+    return {"tradeoff": _tradeoff, "delta": _delta, "epsilon": _epsilon}[options.of](
+        plan, options.points
+    )
+
+
+def _tradeoff(plan: PrivacyPlan, points: int) -> Answer:
+    rates = tuple(float(rate) for rate in np.geomspace(1e-6, 0.5, points))
+    curve = plan.tradeoff()
+    report = {"curve": "tradeoff", **curve.to_dict(rates), "advantage": curve.largest_advantage}
+    rows = [
+        f"{rate:<14.4g} {math.floor(error * 1e6) / 1e6:.6f}"  # rounded down: errors are at least
+        for rate, error in zip(rates, report["type_two_error"], strict=True)
+    ]
+    head = "false alarms   misses, at least"
+    foot = f"hits exceed false alarms by at most {round_up(curve.largest_advantage)}"
+    return report, "\n".join([head, *rows, foot])
+
+
+def _delta(plan: PrivacyPlan, points: int) -> Answer:
+    largest = 1.5 * plan.epsilon().upper
+    pairs = [(float(e), plan.delta_at(float(e)).upper) for e in np.linspace(0, largest, points)]
+    report = {"curve": "delta", "epsilon": [e for e, _ in pairs], "delta": [d for _, d in pairs]}
+    rows = [f"{e:<14.6g} {round_up_short(d)}" for e, d in pairs]
+    return report, "\n".join(["ε              δ, at most", *rows])
+
+
+def _epsilon(plan: PrivacyPlan, points: int) -> Answer:
+    pairs = epsilon_curve(plan, points)
+    report = {
+        "curve": "epsilon",
+        "delta": plan.delta,
+        "steps": [steps for steps, _ in pairs],
+        "epsilon": [epsilon for _, epsilon in pairs],
+    }
+    rows = [f"{steps:<14} {round_up(epsilon)}" for steps, epsilon in pairs]
+    return report, "\n".join(["steps          ε, at most", *rows])

@@ -1,0 +1,144 @@
+"""One question to the loss distribution: either bound, in either direction, on a grid that fits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Literal
+
+from veilspan.accounting.engines.compose import Composition, WindowTooWideError
+from veilspan.accounting.engines.discretise import GridLoss, dominated, dominating
+from veilspan.accounting.engines.one_step import OneStep
+from veilspan.accounting.engines.protocol import EngineError
+from veilspan.accounting.engines.symmetric import SymmetricStep
+from veilspan.accounting.mechanism import SampledGaussian
+
+OneDirection = Literal["remove", "add"]
+Bound = Literal["upper", "lower"]
+
+COARSE = 0.03  # grid spacing in standard deviations of one step's loss
+_INFINITE = 1e-6  # share of δ that may be spent on losses beyond the grid
+# Rounding of the discretised one-step loss: a bias of its mean, which every step adds again.
+_LOSS_ROUNDING = 1e-15
+_MARGIN = 1e-9
+_UNDERFLOW = 1e-300  # a δ below this is reported as this
+_ROUGH_TRANSFORM = 1 << 14
+_COARSENINGS = 12
+_GUESSES = 2
+
+
+@dataclass(frozen=True)
+class Question:
+    """Phases and a δ, to be asked for either bound in either direction.
+
+    Args:
+        parts: The phases, each releasing something: at least one step, noise, and `0 < q`.
+        delta: The δ at which ε is asked, or the order of magnitude of the δ that is asked.
+        largest_transform: Most points of one Fourier transform.
+        guesses: About where ε lies in each direction, once that is known.
+    """
+
+    parts: tuple[SampledGaussian, ...]
+    delta: float
+    largest_transform: int
+    guesses: dict[OneDirection, float | None] = field(default_factory=dict, compare=False)
+
+    def epsilon(self, direction: OneDirection, bound: Bound, fineness: float) -> float:
+        """Return a bound on ε from a grid of `fineness`, or one that just fits the transform."""
+        if direction not in self.guesses:
+            self.guesses[direction] = self._rough(direction)
+        best = math.inf
+        for _ in range(_GUESSES):
+            guess = self.guesses[direction]
+            composed = self._compose(direction, bound, fineness, guess)
+            if bound == "lower":
+                return max(composed.lower_epsilon() * (1 - _MARGIN) - self._rounding, 0.0)
+            best = min(best, composed.upper_epsilon() * (1 + _MARGIN) + self._rounding)
+            if guess is None or best >= 0.9 * guess:
+                break
+            self.guesses[direction] = 0.95 * best  # too large a guess makes the window too wide
+        return best
+
+    def delta_at(
+        self, epsilon: float, direction: OneDirection, bound: Bound, fineness: float
+    ) -> float:
+        """Return a bound on δ at `epsilon`; it is sharp where it is of the order of `delta`."""
+        composed = self._compose(direction, bound, fineness, epsilon)
+        if bound == "upper":
+            below = epsilon * (1 - _MARGIN) - self._rounding
+            return min(max(composed.upper_delta(below) * (1 + _MARGIN), _UNDERFLOW), 1.0)
+        above = epsilon * (1 + _MARGIN) + self._rounding
+        return composed.lower_delta(above) * (1 - _MARGIN)
+
+    @property
+    def directions(self) -> tuple[OneDirection, ...]:
+        """Return the directions to ask for; replacing is its own reverse."""
+        return ("remove",) if self.parts[0].relation == "replace" else ("remove", "add")
+
+    @property
+    def _steps(self) -> int:
+        return sum(part.steps for part in self.parts)
+
+    @property
+    def _rounding(self) -> float:
+        return _LOSS_ROUNDING * self._steps
+
+    def _rough(self, direction: OneDirection) -> float | None:
+        """Return slightly less than ε, or nothing, from two transforms that cost very little."""
+        rough = replace(self, largest_transform=min(_ROUGH_TRANSFORM, self.largest_transform))
+        guess = None
+        for _ in range(2):  # the second window is narrower, so its grid is finer
+            try:
+                epsilon = rough._compose(direction, "upper", COARSE, guess).upper_epsilon()
+            except EngineError:
+                break
+            guess = 0.95 * epsilon if math.isfinite(epsilon) else guess
+        return guess
+
+    def _compose(
+        self, direction: OneDirection, bound: Bound, fineness: float, guess: float | None
+    ) -> Composition:
+        # Rounding the step count up lets neighbouring questions share the one-step loss.
+        tail = _INFINITE * self.delta / (1 << self._steps.bit_length())
+        spacing = fineness * self._loss_scale()
+        for _ in range(_COARSENINGS):
+            grids = [
+                (_grid(replace(part, steps=1), (direction, bound), spacing, tail), part.steps)
+                for part in self.parts
+            ]
+            try:
+                return Composition(
+                    grids, self.delta, largest_transform=self.largest_transform, guess=guess
+                )
+            except WindowTooWideError as error:
+                spacing = error.spacing
+        raise EngineError(f"no grid of {self.largest_transform} points holds {self.parts}")
+
+    def _loss_scale(self) -> float:
+        """Return the standard deviation of one step's loss, on average over the phases."""
+        total = sum(part.steps * _step(part).loss_scale() ** 2 for part in self.parts)
+        return math.sqrt(total / self._steps)
+
+
+def _step(part: SampledGaussian) -> OneStep | SymmetricStep:
+    q, sigma = part.sampling_probability, part.noise_multiplier
+    if q == 1:
+        return SymmetricStep(1.0, sigma * 2 / part.distance)
+    if part.relation == "replace":
+        return SymmetricStep(q, sigma)
+    return OneStep(part)
+
+
+@lru_cache(maxsize=64)  # the number of steps does not divide the cache: `one` has one step
+def _grid(
+    one: SampledGaussian, kind: tuple[OneDirection, Bound], spacing: float, tail: float
+) -> GridLoss:
+    step, (direction, bound) = _step(one), kind
+    if isinstance(step, SymmetricStep):
+        build = step.dominating if bound == "upper" else step.dominated
+        return build(spacing, tail)
+    largest = step.largest_excess(tail)
+    if bound == "upper":
+        return dominating(step, direction, spacing, largest)
+    return dominated(step, direction, spacing, largest)
