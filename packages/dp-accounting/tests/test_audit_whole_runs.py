@@ -38,10 +38,10 @@ def test_poisson_sampling_is_contradicted_at_most_at_the_stated_rate():
 
 
 def test_shuffled_instead_of_poisson_is_contradicted_at_little_noise():
+    """Power at least 0.9 with 100 runs each, where ε at a small δ would not show it."""
     rng = np.random.default_rng(1)
     audits = [audit_whole_runs(*runs(rng, 100, "shuffled")) for _ in range(40)]
-    assert sum(a.contradicts(PLAN) for a in audits) >= 39
-    # ε at a small δ would not show it
+    assert sum(a.contradicts(PLAN) for a in audits) >= 36
     assert all(a.epsilon_lower(PLAN.delta) < PLAN.epsilon().upper for a in audits)
 
 
