@@ -14,7 +14,7 @@ from scipy.special import expit, ndtr, ndtri
 from scipy.stats import binom
 
 from veilspan.accounting import PrivacyPlan
-from veilspan.accounting.audit import audit_one_run
+from veilspan.accounting.audit import OneRunAudit, audit_one_run
 from veilspan.accounting.audit.guesses import chance_of_right, contradicts, count_right
 from veilspan.accounting.audit.tradeoff import GaussianTradeOff, sampled_gaussian_curve
 from veilspan.accounting.engines import SampledGaussian
@@ -244,6 +244,37 @@ def test_several_numbers_of_guesses_share_the_error():
     assert audit.guesses in tried
     once = audit_one_run(scores, members, guesses=audit.guesses, delta=1e-5)
     assert once.epsilon_lower > audit.epsilon_lower
+
+
+def test_the_test_of_a_plan_shares_the_error_too():
+    plan = PrivacyPlan(noise_multiplier=1.0, sampling_probability=1.0, steps=1, delta=1e-5)
+    curve = sampled_gaussian_curve(
+        SampledGaussian(noise_multiplier=1.0, sampling_probability=1.0, steps=1)
+    )
+    alone = fewest_contradicting(curve, 1000, 300, 0.05)
+    shared = fewest_contradicting(curve, 1000, 300, 0.05 / 4)
+    assert alone is not None
+    assert shared is not None
+    assert alone < shared
+    values = {"canaries": 1000, "guesses": 300, "epsilon_lower": 0.0, "delta": 1e-5}
+    values |= {"confidence": 0.95, "family": "any"}
+    for tried, fewest in (((300,), alone), ((300, 10, 20, 30), shared)):
+        for right, expected in ((fewest - 1, False), (fewest, True)):
+            audit = OneRunAudit(**values, tried=tried, right=right)
+            assert audit.contradicts(plan) == expected
+
+
+def test_shuffled_instead_of_poisson_does_not_show_in_one_run():
+    """Not even where there is next to no noise and nearly every guess is right."""
+    rng = np.random.default_rng(6)
+    plan = PrivacyPlan(noise_multiplier=0.1, sampling_probability=0.05, steps=20, delta=1e-5)
+    members = rng.random(1000) < 0.5
+    drawn = (rng.integers(0, 20, 1000) == np.arange(20)[:, None]) & members
+    seen = drawn + 0.1 * rng.standard_normal(drawn.shape)
+    scores = np.logaddexp.reduce((seen - 0.5) / 0.1**2, axis=0)
+    audit = audit_one_run(scores, members, guesses=800, delta=1e-5)
+    assert audit.right >= 798
+    assert not audit.contradicts(plan)
 
 
 # Curves

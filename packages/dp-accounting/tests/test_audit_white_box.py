@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtr, ndtri
-from scipy.stats import binom, nct
+from scipy.stats import binom, chi2, nct, t
 
 from veilspan.accounting import PrivacyPlan
 from veilspan.accounting.audit import audit_white_box
@@ -156,10 +156,24 @@ def test_only_the_ratio_of_contribution_and_noise_decides_mu(seed, shift, factor
 
 
 @settings(max_examples=100, deadline=None)
-@given(t=st.floats(0.1, 200.0), share=st.floats(0.0, 1.0), freedom=st.integers(38, 5000))
-def test_chance_of_a_larger_t_is_that_of_the_noncentral_law(t, share, freedom):
-    expected = nct.sf(t, freedom, share * t) if share else nct.sf(t, freedom, 1e-12)
-    assert _chance_of_larger(t, share * t, freedom) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+@given(value=st.floats(0.1, 200.0), share=st.floats(0.0, 1.0), freedom=st.integers(38, 5000))
+def test_chance_of_a_larger_t_is_that_of_the_noncentral_law(value, share, freedom):
+    expected = nct.sf(value, freedom, share * value) if share else t.sf(value, freedom)
+    assert _chance_of_larger(value, share * value, freedom) == pytest.approx(
+        expected, rel=1e-6, abs=1e-9
+    )
+
+
+def test_bound_on_the_noise_is_the_quantile_of_its_law():
+    rows = rng_of(3).standard_normal((2, 30))
+    audit = audit_white_box(rows[0] + 1, rows[1, :25], noise_multiplier=1.0, confidence=0.94)
+    squares = 29 * rows[0].var(ddof=1) + 24 * rows[1, :25].var(ddof=1)
+    assert audit.noise_multiplier == pytest.approx(math.sqrt(squares / 53))
+    assert audit.noise_multiplier_upper == pytest.approx(math.sqrt(squares / chi2.ppf(0.02, 53)))
+    error = audit.noise_multiplier * math.sqrt(1 / 30 + 1 / 25)
+    assert audit.contribution_upper == pytest.approx(audit.contribution + t.ppf(0.98, 53) * error)
+    found = nct.sf(audit.contribution / error, 53, audit.mu_lower / math.sqrt(1 / 30 + 1 / 25))
+    assert found == pytest.approx(0.02, rel=1e-4)
 
 
 def test_errors_at_the_threshold_are_counted_on_other_repetitions():

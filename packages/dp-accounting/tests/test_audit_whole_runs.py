@@ -64,6 +64,12 @@ def test_epsilon_is_the_log_of_the_odds_and_grows_with_the_runs():
         bounds.append(audit.epsilon_lower(1e-5))
         assert bounds[-1] == pytest.approx(math.log((1 - 1e-5 - most) / most))
     assert bounds == sorted(bounds)
+    mostly = np.r_[np.ones(60), np.zeros(140)][np.random.default_rng(0).permutation(200)]
+    for rows_of in ((np.ones(200), mostly), (1 - mostly, np.zeros(200))):  # one rate is small
+        audit = audit_whole_runs(*rows_of)
+        small, large = sorted((audit.missed_upper, audit.alarms_upper))
+        expected = math.log((1 - 1e-5 - large) / small)
+        assert audit.epsilon_lower(1e-5) == pytest.approx(expected)
     assert audit_whole_runs(rows, rows).epsilon_lower(1e-5) == 0
     assert audit_whole_runs(np.zeros(50), np.ones(50)).epsilon_lower(1e-5) == 0
 
