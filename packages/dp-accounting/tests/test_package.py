@@ -10,13 +10,17 @@ import sys
 import pytest
 
 import veilspan.accounting
+import veilspan.accounting.audit
 import veilspan.accounting.engines
 from veilspan.accounting import bounds, ledger, mechanism, phases, plan, tradeoff
+from veilspan.accounting.audit import one_run, white_box, whole_runs
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
 
-@pytest.mark.parametrize("module", [veilspan.accounting, veilspan.accounting.engines])
+@pytest.mark.parametrize(
+    "module", [veilspan.accounting, veilspan.accounting.audit, veilspan.accounting.engines]
+)
 def test_exported_names_are_sorted_complete_and_documented(module):
     names = module.__all__
     assert names == sorted(names)
@@ -39,7 +43,10 @@ def test_import_needs_neither_torch_nor_a_plotting_library():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", [bounds, ledger, mechanism, phases, plan, tradeoff])
+@pytest.mark.parametrize(
+    "module",
+    [bounds, ledger, mechanism, one_run, phases, plan, tradeoff, white_box, whole_runs],
+)
 def test_examples_in_docstrings_print_what_they_say(module):
     result = doctest.testmod(module)
     assert result.attempted > 0

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NoReturn
 
+from veilspan.accounting.audit.command import add_audit
 from veilspan.accounting.bounds import round_up
 from veilspan.accounting.calibration import find_noise
 from veilspan.accounting.chain import LedgerError
@@ -30,7 +31,10 @@ _ENGINES = ("certified", "pld", "prv", "rdp")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, or 2 after a one-line message on stderr."""
+    """Run one command and return its exit code.
+
+    0, or 1 where an audit is not consistent with the claim, or 2 after one line on stderr.
+    """
     options = _parser().parse_args(arguments)
     try:
         report, text = options.command(options)
@@ -40,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         json.dumps(_finite(report), ensure_ascii=False, allow_nan=False) if options.json else text
     )
-    return 0
+    return int(report.get("verdict", "consistent") != "consistent")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
 
     ledger = commands.add_parser("ledger", help="verify ledgers and say what they have spent")
     add_ledger(ledger)
-    for command in (epsilon, delta, curve, noise, plot, ledger):
+
+    audit = add_audit(commands)
+    for command in (epsilon, delta, curve, noise, plot, ledger, audit):
         command.add_argument("--json", action="store_true", help="print one line of JSON")
     return parser
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,16 +42,10 @@ def plot_epsilon(
         ModuleNotFoundError: If matplotlib is not installed.
         ValueError: If ε is infinite, so that there is nothing to draw, or the format is unknown.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Plots need matplotlib: pip install 'veilspan-accounting[plot]'."
-        ) from error
+    figure = figure_class()(figsize=(7.0, 4.2), layout="constrained")
     if plan.noise_multiplier == 0:
         raise ValueError("noise_multiplier is 0, so ε is infinite and there is nothing to plot.")
     steps, epsilon = zip(*epsilon_curve(plan), strict=True)
-    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(steps, epsilon, color="#1f4e79", linewidth=2, label="ε, upper bound")
     if budget_epsilon is not None:
@@ -68,3 +63,18 @@ def plot_epsilon(
     path = Path(path)
     figure.savefig(path, dpi=150)
     return path
+
+
+def figure_class() -> Any:
+    """Return matplotlib's `Figure`.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Plots need matplotlib: pip install 'veilspan-accounting[plot]'."
+        ) from error
+    return Figure
