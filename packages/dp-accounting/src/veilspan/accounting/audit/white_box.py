@@ -99,7 +99,7 @@ class WhiteBoxAudit:
             ValueError: If an argument is out of range.
 
         Guarantee:
-            A lower bound on the ε of that composition if each step is a Gaussian mechanism, whenever
+            A lower bound on the ε of that composition if each step is a Gaussian mechanism and
             the bounds on μ hold.
         """
         check_delta(delta)
