@@ -22,7 +22,7 @@ Array = NDArray[np.float64]
 
 _LARGEST_EPSILON = 64.0
 _LEAST_NOISE, _MOST_NOISE = 0.05, 1e3
-_PRECISION = 1e-3
+_PRECISION = 4e-3  # of ε, and of the logarithm of a noise multiplier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,8 @@ def audit_one_run(
         confidence: Probability that the bound holds; above 1/2 and below 1.
         family: "any" assumes nothing. Others give more, but only for a mechanism that belongs to
             them: "gaussian", whose trade-off curve is a Gaussian's, as with every record in every
-            step; or a plan, for mechanisms that differ from it in the noise multiplier alone.
+            step; or a plan, for mechanisms that differ from it in the noise multiplier alone, which
+            takes some seconds.
 
     Returns:
         The bound with the guesses it comes from; 0 where they prove nothing.

@@ -14,9 +14,8 @@ from veilspan.accounting.engines import CertifiedEngine, PldEngine
 from veilspan.accounting.mechanism import SampledGaussian, check_number
 
 _DELTAS = (
-    *(10.0**-e for e in range(12, 2, -1)),
-    *(0.003, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55),
-    *(0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99),
+    *(1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15),
+    *(0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
 )
 
 

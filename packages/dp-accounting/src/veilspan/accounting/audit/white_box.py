@@ -99,8 +99,8 @@ class WhiteBoxAudit:
             ValueError: If an argument is out of range.
 
         Guarantee:
-            A lower bound on the ε of that composition if each step is a Gaussian mechanism,
-            whenever the bounds on μ hold.
+            A lower bound on the ε of that composition if each step is a Gaussian mechanism and
+            the bounds on μ hold.
         """
         check_delta(delta)
         mu = min(max(self.mu_lower, self.mu_lower_threshold), _LARGEST_MU)
