@@ -13,33 +13,24 @@ from collections.abc import Iterator
 
 import torch
 from harness import Case, main
+from layers import operands
 
 from veilspan.kernels import clipped_sum
 from veilspan.kernels.ops.clipped_sum import work
 
-LLAMA = {"1b k": (2048, 512), "1b down": (8192, 2048), "8b q": (4096, 4096), "8b up": (4096, 14336)}
 LENGTHS = [(16, 128), (4, 512), (1, 2048), (2, 8192)]  # samples and tokens
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """Yield layers of Llama-3.2-1B and 3.1-8B on a GPU, small layers on a CPU."""
-    gpu = device.type == "cuda"
-    layers = list(LLAMA.values()) if gpu else [(256, 64), (512, 512)]
-    lengths = LENGTHS if gpu else [(4, 128), (1, 512)]
-    if quick:
-        layers, lengths = [(32, 16)], [(2, 8)]
-    dtype = torch.bfloat16 if gpu else torch.float32
-    for inputs, outputs in layers:
-        for samples, tokens in lengths:
-            yield case(samples, tokens, inputs, outputs, dtype, device)
+    for act_BTI, grad_BTO in operands(device, quick, LENGTHS):
+        yield case(act_BTI, grad_BTO)
 
 
-def case(
-    samples: int, tokens: int, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device
-) -> Case:
+def case(act_BTI: torch.Tensor, grad_BTO: torch.Tensor) -> Case:
     """Return one layer at one length."""
-    act_BTI = torch.randn(samples, tokens, inputs, device=device).to(dtype)
-    grad_BTO = torch.randn(samples, tokens, outputs, device=device).to(dtype)
+    samples, tokens, inputs = act_BTI.shape
+    outputs, dtype, device = grad_BTO.shape[2], act_BTI.dtype, act_BTI.device
     factor_B = torch.rand(samples, device=device)
     total = torch.zeros(outputs, inputs, device=device)
 

@@ -12,33 +12,24 @@ from collections.abc import Iterator
 
 import torch
 from harness import Case, main
+from layers import operands
 
 from veilspan.kernels import direct_norm
 from veilspan.kernels.ops.direct_norm import work
 
-LLAMA = {"1b k": (2048, 512), "1b down": (8192, 2048), "8b q": (4096, 4096), "8b up": (4096, 14336)}
 LENGTHS = [(4, 512), (1, 2048), (1, 8192)]  # samples and tokens
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """Yield layers of Llama-3.2-1B and 3.1-8B on a GPU, small layers on a CPU."""
-    gpu = device.type == "cuda"
-    layers = list(LLAMA.values()) if gpu else [(256, 64), (512, 512)]
-    lengths = LENGTHS if gpu else [(4, 128), (1, 512)]
-    if quick:
-        layers, lengths = [(32, 16)], [(2, 8)]
-    dtype = torch.bfloat16 if gpu else torch.float32
-    for inputs, outputs in layers:
-        for samples, tokens in lengths:
-            yield case(samples, tokens, inputs, outputs, dtype, device)
+    for act_BTI, grad_BTO in operands(device, quick, LENGTHS):
+        yield case(act_BTI, grad_BTO)
 
 
-def case(
-    samples: int, tokens: int, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device
-) -> Case:
+def case(act_BTI: torch.Tensor, grad_BTO: torch.Tensor) -> Case:
     """Return one layer at one length."""
-    act_BTI = torch.randn(samples, tokens, inputs, device=device).to(dtype)
-    grad_BTO = torch.randn(samples, tokens, outputs, device=device).to(dtype)
+    samples, tokens, inputs = act_BTI.shape
+    outputs, dtype = grad_BTO.shape[2], act_BTI.dtype
 
     def norms(grad_BOI: torch.Tensor) -> torch.Tensor:
         return torch.linalg.vector_norm(grad_BOI, dim=(1, 2), dtype=torch.float32).square()

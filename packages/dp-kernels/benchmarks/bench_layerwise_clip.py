@@ -13,27 +13,18 @@ from collections.abc import Iterator
 
 import torch
 from harness import Case, main
+from layers import operands
 
 from veilspan.kernels import layerwise_clip_
 from veilspan.kernels.ops.layerwise_clip import work
 
-LLAMA = {"lora": (64, 64), "1b k": (2048, 512), "8b k": (4096, 1024), "8b q": (4096, 4096)}
 LENGTHS = [(8, 256), (4, 1024), (1, 4096)]  # samples and tokens
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """Yield layers of Llama-3.2-1B and 3.1-8B on a GPU, small layers on a CPU."""
-    gpu = device.type == "cuda"
-    layers = list(LLAMA.values()) if gpu else [(64, 64), (256, 512)]
-    lengths = LENGTHS if gpu else [(4, 128), (1, 512)]
-    if quick:
-        layers, lengths = [(32, 16)], [(2, 8)]
-    dtype = torch.bfloat16 if gpu else torch.float32
-    for inputs, outputs in layers:
-        for samples, tokens in lengths:
-            act_BTI = torch.randn(samples, tokens, inputs, device=device).to(dtype)
-            grad_BTO = torch.randn(samples, tokens, outputs, device=device).to(dtype)
-            yield case(act_BTI, grad_BTO)
+    for act_BTI, grad_BTO in operands(device, quick, LENGTHS, more=[(64, 64)]):
+        yield case(act_BTI, grad_BTO)
 
 
 def case(act_BTI: torch.Tensor, grad_BTO: torch.Tensor) -> Case:
