@@ -202,11 +202,20 @@ def test_queries_of_a_sum_fit_together():
 
 
 def test_statement_of_a_sum_names_every_phase():
-    plans = [plan(2.0, 0.01, 500, unit="document"), plan(1.0, 0.005, 1000, unit="document")]
+    plans = [
+        plan(2.0, 0.01, 500, unit="document", expected_batch_size=64),
+        plan(1.0, 0.005, 1000, unit="document"),
+    ]
     text = Phases(plans=plans).statement()
     for phrase in ("1,500 steps in 2 phases", "Phase 1: 500 steps", "Phase 2: 1,000 steps"):
         assert phrase in text
-    for phrase in ("probability 0.005", "noise multiplier 2", "same data", "one document"):
+    for phrase in (
+        "probability 0.005",
+        "noise multiplier 2",
+        "same data",
+        "one document",
+        "constant 64",
+    ):
         assert phrase in text
     assert "fixed without looking" in text
 

@@ -94,7 +94,7 @@ def test_delta_under_full_sampling_is_the_analytic_gaussian(sigma, epsilon):
     bounds = plan.delta_at(epsilon)
     exact = math.exp(gaussian_log_delta(epsilon, 3 / sigma))
     assert bounds.lower <= exact <= bounds.upper
-    assert bounds.upper - bounds.lower <= 1e-5 * exact
+    assert bounds.upper - bounds.lower <= 1e-5 * exact + 1e-299  # where δ leaves the doubles
     nearly = SampledGaussian(noise_multiplier=sigma, sampling_probability=1 - 1e-9, steps=9)
     if exact > 1e-200 and sigma < 1e3:
         computed = PldEngine().delta(nearly, epsilon)
@@ -107,6 +107,22 @@ def test_delta_is_sharp_down_to_tiny_values_where_float64_transforms_are_lost():
     plan = PrivacyPlan(**SETTINGS)
     bounds = plan.delta_at(plan.epsilon(1e-40).upper)
     assert 0.95e-40 < bounds.lower <= 1e-40 <= bounds.upper * 1.02
+
+
+@pytest.mark.parametrize(("q", "epsilon"), [(1.0, 60.0), (0.01, 60.0), (0.01, 500.0)])
+def test_delta_too_small_for_doubles_is_never_rounded_to_zero(q, epsilon):
+    plan = PrivacyPlan(noise_multiplier=1.0, sampling_probability=q, steps=1, delta=1e-5)
+    bounds = plan.delta_at(epsilon)
+    assert 0 <= bounds.lower <= bounds.upper
+    assert 0 < bounds.upper <= 1e-250
+
+
+@pytest.mark.parametrize("sigma", [1e9, 1e14, 1e17])
+def test_delta_of_much_noise_survives_cancellation(sigma):
+    plan = PrivacyPlan(noise_multiplier=sigma, sampling_probability=1.0, steps=1, delta=1e-5)
+    bounds = plan.delta_at(0.0)
+    exact = 1 / sigma / math.sqrt(2 * math.pi)  # Φ(μ/2) - Φ(-μ/2) for a small μ
+    assert bounds.lower <= exact <= bounds.upper
 
 
 def test_delta_without_noise_or_release_is_exact():

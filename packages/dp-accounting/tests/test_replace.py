@@ -153,7 +153,7 @@ def test_two_releases_equal_the_integral_over_the_first(first, second):
         assert upper <= lower * 1.02
 
 
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     q=st.floats(-3.0, -0.1).map(lambda e: 10.0**e),
     sigma=st.floats(math.log(0.5), math.log(10.0)).map(math.exp),

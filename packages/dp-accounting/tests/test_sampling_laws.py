@@ -94,6 +94,17 @@ def test_cut_samples_are_charged_to_delta_in_full():
     assert "charged" in bounds.method
 
 
+def test_plan_with_a_cap_has_spent_nothing_before_its_first_step(tmp_path):
+    plan = PrivacyPlan(**SETTINGS, **ROOM)
+    assert plan.epsilon_after(0).upper == 0
+    with Ledger.create(tmp_path / "ledger.jsonl", plan, budget_epsilon=1.0) as ledger:
+        assert ledger.spent().upper == 0
+        ledger.append(step=0)
+        assert 0 < ledger.spent().upper < 1
+        assert ledger.most_releases is not None
+        assert plan.epsilon_after(ledger.most_releases).upper <= 1
+
+
 def test_large_caps_cost_nothing_and_small_ones_are_refused():
     roomy = PrivacyPlan(**SETTINGS, **{**ROOM, "batch_cap": 1300})
     assert roomy.epsilon().upper == pytest.approx(PrivacyPlan(**SETTINGS).epsilon().upper, rel=1e-6)

@@ -65,7 +65,7 @@ def write_phases_statement(phases: Phases) -> str:
     lines = [
         "The phases ran one after the other on the same data, and no others did. The settings of "
         "each were fixed without looking at what earlier ones released.",
-        *(f"Phase {number}: {_phase(plan)}." for number, plan in enumerate(plans, start=1)),
+        *(f"Phase {number}: {_phase(plan)}" for number, plan in enumerate(plans, start=1)),
         *dict.fromkeys(line for plan in plans for line in _shared_assumptions(plan)),
         _delta_line(phases.delta, plans[0].unit, ""),
     ]
@@ -110,17 +110,12 @@ def _assumptions(plan: PrivacyPlan) -> list[str]:
         _delta_line(plan.delta, plan.unit, _records(plan)),
         shared[-1],
     ]
-    if plan.expected_batch_size is not None:
-        lines.append(
-            f"Sums are divided by the public constant {plan.expected_batch_size:g}, not by the "
-            "size of the batch that was drawn."
-        )
-    return lines
+    return [*lines, *_divisor(plan)]
 
 
 def _phase(plan: PrivacyPlan) -> str:
-    contribution = _contribution(plan)
-    return f"{plan.steps:,} steps. {_sampling(plan)} {contribution.removesuffix('.')}"
+    parts = [f"{plan.steps:,} steps.", _sampling(plan), _contribution(plan), *_divisor(plan)]
+    return " ".join(parts)
 
 
 def _sampling(plan: PrivacyPlan) -> str:
@@ -150,6 +145,15 @@ def _contribution(plan: PrivacyPlan) -> str:
         f"standard deviation {plan.noise_multiplier * plan.clip_norm:g} per coordinate is added "
         f"(noise multiplier {plan.noise_multiplier:g})."
     )
+
+
+def _divisor(plan: PrivacyPlan) -> list[str]:
+    if plan.expected_batch_size is None:
+        return []
+    return [
+        f"Sums are divided by the public constant {plan.expected_batch_size:g}, not by the "
+        "size of the batch that was drawn."
+    ]
 
 
 def _delta_line(delta: float, unit: str, records: str) -> str:

@@ -15,6 +15,7 @@ from veilspan.accounting.mechanism import Mechanism, SampledGaussian
 # The closed form is evaluated in doubles and its root found to 4 ulp; this margin covers both.
 _MARGIN = 1e-10
 _DELTA_MARGIN, _CANCELLATION = 1e-9, 1e-13
+SMALLEST_DELTA = 1e-300  # upper bounds on a δ below this are this, as doubles soon end
 _NOTHING = "exact (nothing about a record is released)"
 _NO_NOISE = "exact (released without noise)"
 _GAUSSIAN = "analytic Gaussian"
@@ -33,7 +34,7 @@ def live_parts(mechanism: Mechanism) -> tuple[SampledGaussian, ...]:
 
 def refuse_overflow(mechanism: Mechanism) -> None:
     """Raise `EngineError` where samples may be cut: their chance has to be charged to δ first."""
-    if any(part.overflow > 0 for part in mechanism.parts):
+    if any(part.overflow > 0 and part.steps > 0 for part in mechanism.parts):
         raise EngineError(
             "samples may be larger than what is processed (sampling='truncated_poisson'); only the "
             "certified engine counts that."
@@ -136,10 +137,12 @@ def gaussian_log_delta(epsilon: float, mu: float) -> float:
 
 def gaussian_delta(epsilon: float, mu: float, sign: int) -> float:
     """Return δ(ε) of one Gaussian release from above (`sign` +1) or below (-1)."""
-    log_delta = gaussian_log_delta(epsilon * (1 - sign * _MARGIN), mu)
-    # The two terms of δ cancel where mu is small; their difference is about mu times either.
-    slack = sign * (_DELTA_MARGIN + _CANCELLATION / mu)
-    return min(max(math.exp(log_delta) * (1 + slack), 0.0), 1.0)
+    moved = epsilon * (1 - sign * _MARGIN)
+    # δ is the difference of two terms that nearly cancel where mu is small.
+    first = math.exp(float(log_ndtr(mu / 2 - moved / mu)))
+    slack = _DELTA_MARGIN * math.exp(gaussian_log_delta(moved, mu)) + _CANCELLATION * first
+    value = math.exp(gaussian_log_delta(moved, mu)) + sign * slack
+    return min(max(value, SMALLEST_DELTA if sign > 0 else 0.0), 1.0)
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
 
+from veilspan.accounting.engines.closed_form import SMALLEST_DELTA
 from veilspan.accounting.engines.compose import Composition, WindowTooWideError
 from veilspan.accounting.engines.discretise import GridLoss, dominated, dominating
 from veilspan.accounting.engines.one_step import OneStep
@@ -22,7 +23,6 @@ _INFINITE = 1e-6  # share of δ that may be spent on losses beyond the grid
 # Rounding of the discretised one-step loss: a bias of its mean, which every step adds again.
 _LOSS_ROUNDING = 1e-15
 _MARGIN = 1e-9
-_UNDERFLOW = 1e-300  # a δ below this is reported as this
 _ROUGH_TRANSFORM = 1 << 14
 _COARSENINGS = 12
 _GUESSES = 2
@@ -67,7 +67,7 @@ class Question:
         composed = self._compose(direction, bound, fineness, epsilon)
         if bound == "upper":
             below = epsilon * (1 - _MARGIN) - self._rounding
-            return min(max(composed.upper_delta(below) * (1 + _MARGIN), _UNDERFLOW), 1.0)
+            return min(max(composed.upper_delta(below) * (1 + _MARGIN), SMALLEST_DELTA), 1.0)
         above = epsilon * (1 + _MARGIN) + self._rounding
         return composed.lower_delta(above) * (1 - _MARGIN)
 

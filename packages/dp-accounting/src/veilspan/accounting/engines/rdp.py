@@ -10,7 +10,12 @@ import numpy as np
 from scipy.special import gammaln, logsumexp
 
 from veilspan.accounting.bounds import DeltaBounds, EpsilonBounds
-from veilspan.accounting.engines.closed_form import closed_form, closed_form_delta, live_parts
+from veilspan.accounting.engines.closed_form import (
+    SMALLEST_DELTA,
+    closed_form,
+    closed_form_delta,
+    live_parts,
+)
 from veilspan.accounting.engines.protocol import EngineError
 from veilspan.accounting.mechanism import Mechanism, SampledGaussian
 
@@ -62,7 +67,7 @@ class RdpEngine:
         if exact is not None:
             return exact
         log_upper = min(_log_delta(*term, epsilon) for term in _terms(mechanism))
-        upper = math.exp(min(log_upper, 0.0))
+        upper = max(math.exp(min(log_upper, 0.0)), SMALLEST_DELTA)
         return DeltaBounds(
             lower=0.0,
             estimate=upper,
