@@ -110,6 +110,16 @@ def test_a_zero_factor_drops_a_gradient_that_is_not_finite(
     assert total.tolist() == [3] * 5
 
 
+def test_a_factor_without_a_normal_number_in_fp32_adds_nothing(device: torch.device) -> None:
+    """Rounded up to 2⁻¹⁴⁹ it would double what it multiplies."""
+    total, factor = torch.zeros(1, device=device), torch.tensor(8e-46, dtype=C, device=device)
+    part = torch.full((1,), 3e38, device=device)
+    assert float(accumulate_([total], [part], factor)) == float(total) == 0.0
+    whole = torch.zeros(1, dtype=torch.int64, device=device)
+    accumulate_([whole], [part], factor, grain=1e-12)
+    assert int(whole) == int(3e38 * 8e-46 / 1e-12)
+
+
 def test_gradients_may_have_any_strides(device: torch.device) -> None:
     part = random(12, 10)[::2].mT
     total = torch.zeros(10, 6, device=device)

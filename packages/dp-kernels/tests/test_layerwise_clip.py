@@ -65,6 +65,17 @@ def test_a_contribution_is_never_longer_than_the_threshold(call, device: torch.d
 
 
 @pytest.mark.parametrize("call", [layerwise_clip_, through_scratch])
+def test_a_factor_that_would_round_up_in_fp32_drops_its_sample(call, device: torch.device) -> None:
+    """2e38 · 2⁻¹⁴⁹ exceeds the threshold; the exact factor is below half of 2⁻¹⁴⁹ or just above."""
+    for clip_norm in (1e-7, 1.6e-7, 3e-7):
+        total = torch.zeros(1, 1, device=device)
+        act = torch.full((1, 1, 1), 2e38, device=device)
+        found = call(total, act, torch.ones(1, 1, 1, device=device), clip_norm=clip_norm)
+        assert float(total) <= clip_norm
+        assert float(found) == 0.0
+
+
+@pytest.mark.parametrize("call", [layerwise_clip_, through_scratch])
 def test_a_sample_that_is_not_finite_adds_nothing(call, fence: Fence) -> None:
     act_BTI, grad_BTO = operands((3, 5, 4, 6), torch.float32, fence)
     act_BTI[1, 2, 3] = math.nan

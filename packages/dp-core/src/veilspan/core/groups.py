@@ -23,6 +23,7 @@ from veilspan.core.clipping import Automatic, Clip, Rule
 
 Budgets = Literal["equal", "dimension"] | Mapping[str, float]
 
+_SMALLEST_FACTOR = torch.finfo(torch.float32).tiny
 _BLOCK = re.compile(r"(?:^|.*?\.)\d+(?=\.)")
 
 
@@ -72,7 +73,8 @@ class Groups:
             slack: Relative bound on the error of the norm against the numbers that are summed.
 
         Returns:
-            Factors with `factor · true norm ≤ C_m`; 0 for a norm that is not finite.
+            Factors with `factor · true norm ≤ C_m`; 0 for a norm that is not finite, and for one so
+            large that fp32 holds no normal factor for it: such factors could round up.
         """
         norm_B = sq_norm_B.to(torch.float64).sqrt()
         clip_norm = self.clip_norms[group]
@@ -80,7 +82,8 @@ class Groups:
             factor_B = torch.ones_like(norm_B)
         else:
             factor_B = self.rule.factors(norm_B, clip_norm * (1.0 - slack))
-        return torch.where(norm_B.isfinite(), factor_B, 0.0)
+        usable_B = norm_B.isfinite() & (factor_B >= _SMALLEST_FACTOR)
+        return torch.where(usable_B, factor_B, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,6 +64,14 @@ def require_together(**tensors: Tensor) -> None:
             )
 
 
+def without_tiny(factors: Tensor) -> Tensor:
+    """Return factors, 0 in place of those that are no normal number in fp32.
+
+    Rounded up, such a factor would let a contribution exceed the clip norm.
+    """
+    return torch.where(factors.abs() < torch.finfo(torch.float32).tiny, 0.0, factors)
+
+
 def require_finite(argument: str, tensor: Tensor) -> None:
     """Raise if an element is not finite.
 

@@ -20,6 +20,7 @@ from veilspan.kernels.checks import (
     require_finite,
     require_shape,
     require_together,
+    without_tiny,
 )
 from veilspan.kernels.compat import jit, runs_kernels, tl
 from veilspan.kernels.launch import Compilation, configuration, configurations
@@ -182,7 +183,8 @@ def _(gradients: list[Tensor]) -> Tensor:
 def _accumulate(
     totals: list[Tensor], gradients: list[Tensor], factor: Tensor, grain: float
 ) -> Tensor:
-    scale = factor.double() / grain if grain else factor.double()
+    # Fixed point scales in fp64, where no factor rounds up.
+    scale = factor.double() / grain if grain else without_tiny(factor.double())
     added = torch.zeros((), dtype=torch.float64, device=factor.device)
     for alike, theirs in _alike(gradients, totals):
         if runs_kernels(alike[0]) and theirs[0].dtype in _DTYPES:

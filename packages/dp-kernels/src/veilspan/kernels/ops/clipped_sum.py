@@ -13,6 +13,7 @@ from veilspan.kernels.checks import (
     require_linear,
     require_together,
     require_total,
+    without_tiny,
 )
 from veilspan.kernels.compat import INTERPRETED, jit, tl
 from veilspan.kernels.launch import Compilation, Configuration
@@ -156,7 +157,7 @@ def _clipped_sum_kernel(
 def _clipped_sum(
     act_BTI: Tensor, grad_BTO: Tensor, factor_B: Tensor, total: Tensor, add: bool
 ) -> None:
-    factor_B = factor_B.to(total.dtype).contiguous()
+    factor_B = without_tiny(factor_B).to(total.dtype).contiguous()
     chosen = plan("clipped_sum", act_BTI, grad_BTO, total)
     if chosen is None:
         _in_blocks(act_BTI, grad_BTO, factor_B, total, add)

@@ -33,6 +33,8 @@ __all__ = ["MARGIN", "layerwise_clip_"]
 MARGIN = 2.0**-12
 """What the threshold gives up so that no rounding lifts a contribution above it."""
 
+_TINY = torch.finfo(torch.float32).tiny
+
 
 def layerwise_clip_(
     total_OI: Tensor, act_BTI: Tensor, grad_BTO: Tensor, *, clip_norm: float
@@ -47,7 +49,8 @@ def layerwise_clip_(
 
     Returns:
         The factors, `[B]` fp64: min(1, C(1 - 2⁻¹²)/norm), and 0 for a sample whose gradient is not
-        finite. Read on no host: clipping costs no synchronisation.
+        finite, or too long for a normal fp32 factor. No host reads them: clipping costs no
+        synchronisation.
 
     Raises:
         ValueError: If a shape, a dtype, a device or the threshold does not fit, or where PyTorch
@@ -104,6 +107,7 @@ def _layerwise_clip_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_T: tl.constexpr,
     UPCAST: tl.constexpr,
+    TINY: tl.constexpr,
 ):
     """One program clips one sample, whose gradient never leaves the chip unclipped."""
     sample = tl.program_id(0).to(tl.int64)
@@ -127,6 +131,7 @@ def _layerwise_clip_kernel(
     norm = tl.sqrt(tl.where(square > 0.0, square, 1.0))
     factor = tl.minimum(tl.load(limit) / norm, 1.0)
     factor = tl.where(square < float("inf"), factor, 0.0)  # NaN too
+    factor = tl.where(factor < TINY, 0.0, factor)  # smaller ones could round up in fp32
     factor = tl.where(square == 0.0, 1.0, factor)
     tl.store(factors + sample, factor)
     output = tl.arange(0, BLOCK_O)
@@ -174,6 +179,7 @@ def _launch(
             *act_BTI.stride()[:2],
             *grad_BTO.stride()[:2],
             UPCAST=INTERPRETED,
+            TINY=_TINY,
             **chosen.blocks,
             **chosen.launch,
         )
@@ -189,7 +195,8 @@ def _through_scratch(total_OI: Tensor, act_BTI: Tensor, grad_BTO: Tensor, limit:
     for b in range(len(act_BTI)):
         scratch = product(act_BTI[b : b + 1], grad_BTO[b : b + 1])
         square = torch.ops.veilspan.squared_norm([scratch])
-        factor = torch.where(square.isfinite(), (limit / square.sqrt()).clamp(max=1.0), 0.0)
+        factor = (limit / square.sqrt()).clamp(max=1.0)
+        factor = torch.where(square.isfinite() & (factor >= _TINY), factor, 0.0)
         torch.ops.veilspan.accumulate_([total_OI], [scratch[0]], factor, 0.0)
         factor_B[b] = factor
     return factor_B
@@ -202,4 +209,5 @@ def compilations(table: str) -> Iterator[Compilation]:
         table,
         _layerwise_clip_kernel,
         {"clipped": "*fp32", "factors": "*fp64", "limit": "*fp64"},
+        constants={"TINY": _TINY},
     )

@@ -14,6 +14,7 @@ from veilspan.kernels.checks import (
     require_shape,
     require_together,
     require_total,
+    without_tiny,
 )
 from veilspan.kernels.compat import jit, runs_kernels, tl
 from veilspan.kernels.launch import Compilation, configuration, configurations
@@ -98,7 +99,7 @@ def _weighted_sum_kernel(
 
 @torch.library.custom_op("veilspan::weighted_sum", mutates_args=("total",))
 def _weighted_sum(grad_BOI: Tensor, factor_B: Tensor, total: Tensor, add: bool) -> None:
-    factor_B = factor_B.to(total.dtype).contiguous()
+    factor_B = without_tiny(factor_B).to(total.dtype).contiguous()
     if runs_kernels(grad_BOI) and runs_kernels(total):
         _launch(grad_BOI, factor_B, total, add)
     else:
