@@ -39,7 +39,7 @@ SIZES = {
 @pytest.mark.parametrize("backward", ["single_sample", "per_sample", "two_pass", "per_layer"])
 @pytest.mark.parametrize("clip_norm", [1e-7, 1.6e-7, 3e-7])
 def test_a_factor_that_would_round_up_in_fp32_drops_its_record(backward, clip_norm):
-    """The gradient is 2e38; times the next fp32 number above the factor it exceeds the threshold."""
+    """The gradient is 2e38; times the fp32 number above the factor it exceeds the threshold."""
     model = nn.Linear(1, 1, bias=False)
     step = PrivateStep(
         model,
