@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from veilspan.parallel.mesh import ParallelMesh
 
+# Its name since torch 2.13; the older one warns there.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 _SUMMABLE = (torch.float32, torch.float64, torch.int64)
 
 
@@ -227,14 +229,17 @@ class ReplicaShards(_RowShards):
             padding = total.new_zeros(chunk * self._parts - rows, *total.shape[1:])
             total = torch.cat([total, padding])
         mine = total.new_empty(chunk, *total.shape[1:])
-        work = dist.reduce_scatter_tensor(
-            mine, total.contiguous(), group=self._group, async_op=True
-        )
+        total = total.contiguous()
+        # gloo has no stream to overlap with, and its asynchronous reduce-scatter is little trodden.
+        later = total.is_cuda
+        work = _reduce_scatter(mine, total, group=self._group, async_op=later)
         owned = max(0, min(chunk, rows - chunk * self._place))
 
         def arrived() -> Tensor:
-            assert work is not None
-            work.wait()
+            nonlocal total
+            if work is not None:
+                work.wait()
+            total = mine  # let go of the whole sum, which had to outlive the transfer
             return mine[:owned]
 
         return arrived
