@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from veilspan.core.attachment import Attachment
-from veilspan.core.backward import Workspace, run_micro_batch
-from veilspan.core.backward.reach import reaches_its_record_alone
+from veilspan.core.backward import Workspace, probe, run_micro_batch
 from veilspan.core.checks import (
     check_losses,
     check_numbers,
@@ -226,7 +225,7 @@ class PrivateStep:
         """
         check_losses(losses_B)
         try:
-            self._work.separable = reaches_its_record_alone(self._attachment, losses_B)
+            probe(self._work, losses_B)
         finally:
             self._attachment.end_micro_batch()
 

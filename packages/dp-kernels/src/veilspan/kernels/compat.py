@@ -26,7 +26,10 @@ else:
 AVAILABLE: bool = triton is not None
 """Whether Triton can be imported."""
 
-INTERPRETED: bool = AVAILABLE and bool(triton.knobs.runtime.interpret)  # pyright: ignore
+# A submodule that Triton's own __init__ binds without declaring it.
+INTERPRETED: bool = AVAILABLE and bool(
+    triton.knobs.runtime.interpret  # pyright: ignore[reportAttributeAccessIssue]
+)
 """Whether `TRITON_INTERPRET=1` was set when the kernels were defined: they then run on the CPU."""
 
 

@@ -159,7 +159,8 @@ def exact_products(device: str, dtype: torch.dtype) -> Iterator[None]:
     Raises:
         ValueError: If cuBLAS would round fp32 operands to TF32.
     """
-    rounds = torch.backends.cuda.matmul.fp32_precision == "tf32"  # pyright: ignore
+    # Attributes of this object are made at run time, so its stub lacks them.
+    rounds = torch.backends.cuda.matmul.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
     if device == "cuda" and dtype == torch.float32 and rounds:
         raise ValueError(
             "fp32 operands and TF32 products do not go together: the norm would not be that of the "

@@ -13,7 +13,7 @@ from veilspan.core.backward.two_pass import TwoPass
 from veilspan.core.checks import second_pass_explained
 from veilspan.core.protocols import SplitModel
 
-__all__ = ["STRATEGIES", "Backward", "Workspace", "run_micro_batch"]
+__all__ = ["STRATEGIES", "Backward", "Workspace", "probe", "run_micro_batch"]
 
 STRATEGIES: dict[str, Backward] = {
     strategy.name: strategy
@@ -21,13 +21,21 @@ STRATEGIES: dict[str, Backward] = {
 }
 
 
+def probe(work: Workspace, losses_B: Tensor) -> None:
+    """Note whether loss 0 was seen to reach its own record alone, on every rank of a split model.
+
+    Such ranks go on probing until all have seen it, since each must run the backward passes of the
+    others.
+    """
+    seen, shards = reaches_its_record_alone(work.attachment, losses_B), work.shards
+    alike = not isinstance(shards, SplitModel) or shards.agree(int(seen))
+    work.separable = alike and seen
+
+
 def run_micro_batch(work: Workspace, losses_B: Tensor) -> None:
     """Probe the first micro-batch of several records, then run the strategy of this one."""
-    batch, shards = work.attachment.micro_batch, work.shards
+    batch = work.attachment.micro_batch
     with second_pass_explained():
         if not work.separable:
-            seen = reaches_its_record_alone(work.attachment, losses_B)
-            # Ranks that split a model probe together, or one would wait for the others.
-            split = isinstance(shards, SplitModel)
-            work.separable = (not split or shards.agree(int(seen))) and seen
+            probe(work, losses_B)
         STRATEGIES[batch.strategy if batch else "single_sample"].run(work, losses_B)
