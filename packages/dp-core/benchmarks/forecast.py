@@ -19,7 +19,7 @@ from cells import LLAMA_8B
 from models import Shape
 from report import insert
 
-from veilspan.core.cost import ModelShape, cheaper_norm, forecast_all
+from veilspan.core.cost import ModelShape, forecast_all, norm_cost
 from veilspan.core.rates import DeviceRates
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -109,9 +109,7 @@ def text(fields: dict[str, Any], sheet: Sheet) -> Iterator[str]:
     for length in LENGTHS:
         shape = Shape(length=length, records=1, **fields)
         computed, written = plain_seconds(shape, sheet)
-        forecasts = forecast_all(
-            1, length, model_shape(shape), rates, lambda t, i, o: cheaper_norm((t, i, o), rates)
-        )
+        forecasts = forecast_all(1, length, model_shape(shape), rates, norm_cost("auto", rates))
         seconds = {forecast.name: forecast.seconds for forecast in forecasts}
         plain = computed + written
         ratios = [f"{plain / (computed + seconds[name]):.3f}" for name in STRATEGIES]

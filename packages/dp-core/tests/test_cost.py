@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 from veilspan.core import Flat, PerLayer, PrivateStep
-from veilspan.core.cost import ModelShape, best_microbatch, cheaper_norm, choose, forecast_all
+from veilspan.core.cost import (
+    ModelShape,
+    best_microbatch,
+    cheaper_norm,
+    choose,
+    forecast_all,
+    norm_cost,
+)
 from veilspan.core.rates import DeviceRates
 
 RATES = DeviceRates(flops=1e11, bandwidth=1e10)
@@ -29,12 +36,15 @@ def shape(*, layered=False, features=None):
     )
 
 
+SECONDS = norm_cost("auto", RATES)
+
+
 def method(length, inputs, outputs):
     return cheaper_norm((length, inputs, outputs), RATES)
 
 
 def chosen(size, length, *, memory=1e12, rates=RATES, **options):
-    return choose(forecast_all(size, length, shape(**options), rates, method), memory)
+    return choose(forecast_all(size, length, shape(**options), rates, SECONDS), memory)
 
 
 def test_gram_norms_for_short_and_direct_norms_for_long_sequences():
@@ -70,16 +80,16 @@ def test_small_groups_keep_fewer_books():
 
 
 def test_short_records_share_a_micro_batch_and_long_ones_do_not_need_to():
-    sizes = [best_microbatch(t, 64, shape(), RATES, method) for t in (8, 4096)]
+    sizes = [best_microbatch(t, 64, shape(), RATES, SECONDS) for t in (8, 4096)]
     assert sizes[0] > 8
     assert sizes[1] <= 2
-    assert best_microbatch(8, 1, shape(), RATES, method) == 1
+    assert best_microbatch(8, 1, shape(), RATES, SECONDS) == 1
 
 
 def test_frozen_weights_take_time_that_no_micro_batch_saves():
     adapters = dataclasses.replace(shape(), linears=((512, 8), (8, 512)), parameters=8192)
     frozen = dataclasses.replace(adapters, frozen=10**8)
-    alone, beside = (best_microbatch(512, 64, s, RATES, method) for s in (adapters, frozen))
+    alone, beside = (best_microbatch(512, 64, s, RATES, SECONDS) for s in (adapters, frozen))
     assert beside < alone
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from veilspan.accounting import EpsilonBounds, PrivacyPlan
-from veilspan.core.cost import ModelShape, best_microbatch, cheaper_norm
+from veilspan.core.cost import ModelShape, best_microbatch, norm_cost
 from veilspan.core.rates import DeviceRates
 from veilspan.trainer.budget import privacy_plan
 from veilspan.trainer.data import open_records
@@ -130,14 +130,12 @@ def flops_per_sequence(recipe: Recipe, cost: ModelCost) -> int:
 
 def _chosen(recipe: Recipe, plan: PrivacyPlan, cost: ModelCost) -> Microbatch:
     """Ask the cost model about a model that is not there; the run asks it about the real one."""
-    device, norms = _device(recipe), recipe.compute.norms
+    device = _device(recipe)
     rates = DeviceRates.of(device)
-
-    def norm_method(length: int, inputs: int, outputs: int) -> str:
-        return cheaper_norm((length, inputs, outputs), rates) if norms == "auto" else norms
+    seconds = norm_cost(recipe.compute.norms, rates)
 
     def fastest(length: int, most: int) -> int:
-        return best_microbatch(length, most, _shape(recipe, cost), rates, norm_method)
+        return best_microbatch(length, most, _shape(recipe, cost), rates, seconds)
 
     memory = memory_forecast(recipe, cost, microbatch_size=1)
     return chosen_microbatch(recipe, plan, memory, fastest, device)

@@ -8,6 +8,7 @@ from veilspan.core.noise import GaussianNoise, PhiloxNoise, new_key
 from veilspan.core.release import Release
 from veilspan.core.rules import RecordsAlone, register_rule
 from veilspan.core.sampling import Draw, poisson_batches
+from veilspan.core.sketch import NormLaw, Sketch
 from veilspan.core.step import PrivateStep
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Draw",
     "Flat",
     "GaussianNoise",
+    "NormLaw",
     "PerBlock",
     "PerLayer",
     "PerParameter",
@@ -26,6 +28,7 @@ __all__ = [
     "PrivateStep",
     "RecordsAlone",
     "Release",
+    "Sketch",
     "UnsupportedModelError",
     "new_key",
     "poisson_batches",

@@ -1,8 +1,9 @@
 """What one use of a layer adds to the gradient of one parameter, sample by sample.
 
 Each kind answers the same questions about the same saved tensors: the gradient of all samples, of
-one sample, their squared norms without forming them, and their weighted sum. Shape letters: B
-samples, T tokens, I and O features, V rows of an embedding, D its width, R distinct rows.
+one sample, their squared norms without forming them, their product with a few vectors, and their
+weighted sum. Shape letters: B samples, T tokens, I and O features, V rows of an embedding, D its
+width, R distinct rows, or the rows of a weight, N its columns, k probes.
 """
 
 from __future__ import annotations
@@ -14,12 +15,39 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from veilspan.core.norms import compute_dtype, rounding_guard, sq_norm, sq_norms
+from veilspan.core.norms import compute_dtype, magnitudes, rounding_guard, sq_norm, sq_norms
 from veilspan.core.protocols import NormKernel
 from veilspan.core.sums import ClippedSum
 
 NormChoice = Callable[[int, int, int], str]
 """Norm method, `direct` or `gram`, of a linear map with (tokens, inputs, outputs)."""
+
+_TOKENS = 1024
+"""Tokens that are converted to a wider type at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """Per-sample gradients times probes, not the gradients.
+
+    Args:
+        values_BRk: G_b Z_b.
+        size_B: Σ‖a‖‖g‖ over the terms that were added up: what the norm would be without
+            cancellation, fp64.
+        terms: Length of the sums behind each number, for the rounding.
+    """
+
+    values_BRk: Tensor
+    size_B: Tensor
+    terms: int
+
+    def plus(self, other: Projection) -> Projection:
+        """Return the projection of the sum of two gradients, in the memory of this one."""
+        return Projection(
+            values_BRk=self.values_BRk.add_(other.values_BRk),
+            size_B=self.size_B + other.size_B,
+            terms=self.terms + other.terms,
+        )
 
 
 class SampleGradient(Protocol):
@@ -40,6 +68,11 @@ class Contribution(Protocol):
     factored: ClassVar[bool]
     """Whether one product forms the gradients of all samples, and none of them is mostly zeros."""
 
+    @property
+    def size(self) -> int:
+        """Samples B."""
+        ...
+
     def per_sample(self, out: Tensor | None = None) -> Tensor:
         """Return the gradient of each sample, `[B, *parameter]`; written to `out` if given."""
         ...
@@ -50,6 +83,18 @@ class Contribution(Protocol):
 
     def sq_norms(self, choose: NormChoice) -> Tensor:
         """Return the squared norm of each sample's gradient, `[B]` fp64."""
+        ...
+
+    def worth_projecting(self, pays: Callable[[int, int, int], bool]) -> bool:
+        """Return whether `project` is cheaper than `sq_norms`.
+
+        Args:
+            pays: Answers for a linear map with (tokens, inputs, outputs).
+        """
+        ...
+
+    def project(self, probes_BNk: Tensor) -> Projection:
+        """Return the gradient of each sample, as a matrix, times the sample's own probes."""
         ...
 
     def add_to(self, sums: ClippedSum, name: str, factor_B: Tensor) -> None:
@@ -114,10 +159,33 @@ class OuterProducts:
         form = self.kernel.sq_norm_gram if gram else self.kernel.sq_norm_direct
         return form(self.act_BTI, self.grad_BTO)
 
+    @property
+    def size(self) -> int:
+        """Samples B."""
+        return len(self.act_BTI)
+
+    def worth_projecting(self, pays: Callable[[int, int, int], bool]) -> bool:
+        """Return what `pays` says of this shape."""
+        _, length, inputs = self.act_BTI.shape
+        return pays(length, inputs, self.grad_BTO.shape[2])
+
+    def project(self, probes_BNk: Tensor) -> Projection:
+        """Return Gᵀ(A Z): two thin products, a block of tokens at a time where types differ."""
+        dtype, (size, length, inputs) = probes_BNk.dtype, self.act_BTI.shape
+        alike = self.act_BTI.dtype == self.grad_BTO.dtype == dtype
+        step = length if alike else _TOKENS
+        values = probes_BNk.new_zeros((size, self.grad_BTO.shape[2], probes_BNk.shape[2]))
+        for start in range(0, length, max(step, 1)):
+            act = self.act_BTI[:, start : start + step].to(dtype)
+            grad = self.grad_BTO[:, start : start + step].to(dtype)
+            values.baddbmm_(grad.mT, torch.bmm(act, probes_BNk))
+        sizes = magnitudes(self.act_BTI, self.grad_BTO)
+        return Projection(values_BRk=values, size_B=sizes, terms=length + inputs)
+
     def add_to(self, sums: ClippedSum, name: str, factor_B: Tensor) -> None:
         """Add Σ_b factor_b · G_bᵀA_b."""
         if sums.sample_by_sample:
-            _add_each(self, sums, name, factor_B)
+            add_each(self, sums, name, factor_B)
         else:
             clip_norm = sums.clip_norm(name)
             total = self.kernel.weighted_grad(
@@ -146,6 +214,21 @@ class RowSums:
     def sq_norms(self, choose: NormChoice) -> Tensor:
         """Return the squared norm of the sums; `choose` makes no difference to a vector."""
         return sq_norms(self.per_sample())
+
+    @property
+    def size(self) -> int:
+        """Samples B."""
+        return len(self.rows_BTn)
+
+    def worth_projecting(self, pays: Callable[[int, int, int], bool]) -> bool:
+        """Return False: a vector is its own projection."""
+        return False
+
+    def project(self, probes_BNk: Tensor) -> Projection:
+        """Return the sums as a matrix of one column, times probes `[B, 1, k]`."""
+        sums_Bn = self.per_sample().to(probes_BNk.dtype)
+        size_B = sq_norms(sums_Bn).sqrt()
+        return Projection(values_BRk=sums_Bn[:, :, None] @ probes_BNk, size_B=size_B, terms=1)
 
     def add_to(self, sums: ClippedSum, name: str, factor_B: Tensor) -> None:
         """Add Σ_b factor_b · Σ_t r_bt from the very sums that the norm was taken of."""
@@ -190,79 +273,31 @@ class Lookups:
             sq.append(self.sample(b).sq_norm() + (guard * size).square())
         return torch.stack(sq)
 
+    @property
+    def size(self) -> int:
+        """Samples B."""
+        return len(self.ids_BT)
+
+    def worth_projecting(self, pays: Callable[[int, int, int], bool]) -> bool:
+        """Return False: the exact norm visits the distinct tokens alone."""
+        return False
+
+    def project(self, probes_BNk: Tensor) -> Projection:
+        """Return one table of projected rows per sample."""
+        size, width, count = probes_BNk.shape
+        values = probes_BNk.new_zeros((size, self.rows, count))
+        for b, grad_TD in enumerate(self.grad_BTD):
+            values[b].index_add_(0, self.ids_BT[b], grad_TD.to(values.dtype) @ probes_BNk[b])
+        norm_BT = torch.linalg.vector_norm(self.grad_BTD, dim=2, dtype=values.dtype)
+        terms = self.ids_BT.shape[1] + width
+        return Projection(values_BRk=values, size_B=norm_BT.double().sum(1), terms=terms)
+
     def add_to(self, sums: ClippedSum, name: str, factor_B: Tensor) -> None:
         """Add Σ_b factor_b · table_b."""
-        _add_each(self, sums, name, factor_B)
+        add_each(self, sums, name, factor_B)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recomputed:
-    """Gradient that is formed anew, for one sample at a time, whenever it is asked for.
-
-    The norm is taken of the numbers that are added: both come out of the same arithmetic on the
-    same saved tensors, so no guard for the rounding of other arithmetic is needed.
-
-    Args:
-        size: Samples B.
-        form: Returns the gradient of sample b in fp32 or fp64.
-    """
-
-    size: int
-    form: Callable[[int], Tensor]
-    factored: ClassVar[bool] = False
-
-    def per_sample(self, out: Tensor | None = None) -> Tensor:
-        """Return the gradient of each sample, `[B, *parameter]`."""
-        first = self.form(0)
-        grad_Bx = first.new_empty((self.size, *first.shape)) if out is None else out
-        grad_Bx[0] = first
-        del first  # one gradient less at the peak
-        for b in range(1, self.size):
-            grad_Bx[b] = self.form(b)
-        return grad_Bx
-
-    def sample(self, b: int) -> Dense:
-        """Return the gradient of sample `b`."""
-        return Dense(gradient=self.form(b))
-
-    def sq_norms(self, choose: NormChoice) -> Tensor:
-        """Return the squared norms; there is no factored form for `choose` to choose."""
-        return torch.stack([sq_norm(self.form(b)) for b in range(self.size)])
-
-    def add_to(self, sums: ClippedSum, name: str, factor_B: Tensor) -> None:
-        """Add Σ_b factor_b · gradient_b."""
-        _add_each(self, sums, name, factor_B)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Formed:
-    """Gradient that autograd has formed for each sample; kept as it is.
-
-    Args:
-        gradients: One for each sample, in the parameter's dtype.
-    """
-
-    gradients: tuple[Tensor, ...]
-    factored: ClassVar[bool] = False
-
-    def per_sample(self, out: Tensor | None = None) -> Tensor:
-        """Return the gradients, `[B, *parameter]`."""
-        return torch.stack(self.gradients, out=out)
-
-    def sample(self, b: int) -> Dense:
-        """Return the gradient of sample `b`."""
-        return Dense(gradient=self.gradients[b])
-
-    def sq_norms(self, choose: NormChoice) -> Tensor:
-        """Return the squared norms; there is no factored form for `choose` to choose."""
-        return torch.stack([sq_norm(gradient) for gradient in self.gradients])
-
-    def add_to(self, sums: ClippedSum, name: str, factor_B: Tensor) -> None:
-        """Add Σ_b factor_b · gradient_b."""
-        _add_each(self, sums, name, factor_B)
-
-
-def _add_each(part: Contribution, sums: ClippedSum, name: str, factor_B: Tensor) -> None:
+def add_each(part: Contribution, sums: ClippedSum, name: str, factor_B: Tensor) -> None:
     """Add sample by sample; a zero factor drops its sample whatever it is."""
     for b, factor in enumerate(factor_B.tolist()):
         if factor != 0.0:

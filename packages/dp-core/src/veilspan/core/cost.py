@@ -15,8 +15,14 @@ _FP32 = 4.0  # bytes
 _GRADIENT_PASSES = 3.0  # write, read for the norm, read for the sum
 _LAYER_CALLS = 400.0
 """A linear map, forward and backward with what runs beside it, in calls on almost nothing."""
+_NORMAL_FLOPS = 1500.0
+"""Drawing one Gaussian number from a cryptographic stream, in operations of matrix products."""
 _TELLING = 1.03
 """Forecasts of a step that are closer than this do not tell which is faster."""
+
+
+NormCost = Callable[[int, int, int], float]
+"""Seconds of the squared norm of one sample in a linear map with (tokens, inputs, outputs)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +40,7 @@ class ModelShape:
         tied: Trainable elements that several modules use; their gradients are kept per record.
         alone: Elements of the largest module whose records run one at a time.
         alone_in_group: Elements of such modules within one clipping group, at most.
+        estimated: Whether norms are estimated, which spares forming gradients.
     """
 
     linears: tuple[tuple[int, int], ...]
@@ -46,6 +53,7 @@ class ModelShape:
     tied: int = 0
     alone: int = 0
     alone_in_group: int = 0
+    estimated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,15 +84,22 @@ class Choice:
     forecasts: tuple[Forecast, ...] = ()
 
 
-def norm_seconds(method: str, shape: tuple[int, int, int], rates: DeviceRates) -> float:
+def norm_seconds(
+    method: str, shape: tuple[int, int, int], rates: DeviceRates, *, probes: int = 0
+) -> float:
     """Return the forecast time of one sample's squared norm, seconds.
 
     Args:
-        method: `direct` or `gram`.
+        method: `direct`, `gram` or `sketch`.
         shape: Tokens T, input features I, output features O of the linear map.
         rates: The device.
+        probes: Gaussian probes of a sketch.
     """
     length, inputs, outputs = shape
+    if method == "sketch":
+        products = 2.0 * length * probes * (inputs + outputs) / rates.flops
+        drawn = probes * inputs * _NORMAL_FLOPS / rates.flops
+        return products + drawn + _FP32 * probes * (inputs + outputs) / rates.bandwidth
     if method == "direct":
         product = 2.0 * length * inputs * outputs / rates.flops
         return product + _FP32 * inputs * outputs / rates.bandwidth
@@ -92,9 +107,33 @@ def norm_seconds(method: str, shape: tuple[int, int, int], rates: DeviceRates) -
     return products + 12.0 * length * length / 2 / rates.bandwidth
 
 
-def cheaper_norm(shape: tuple[int, int, int], rates: DeviceRates) -> str:
-    """Return the norm method with the smaller forecast: `direct` or `gram`."""
-    return min(("direct", "gram"), key=lambda method: norm_seconds(method, shape, rates))
+def cheaper_norm(shape: tuple[int, int, int], rates: DeviceRates, *, probes: int = 0) -> str:
+    """Return the norm method with the smallest forecast.
+
+    Args:
+        shape: Tokens T, input features I, output features O of the linear map.
+        rates: The device.
+        probes: Gaussian probes, where `sketch` may be used as well as `direct` and `gram`.
+    """
+    methods = ("direct", "gram", "sketch") if 0 < probes < min(shape[1:]) else ("direct", "gram")
+    return min(methods, key=lambda method: norm_seconds(method, shape, rates, probes=probes))
+
+
+def norm_cost(norms: str, rates: DeviceRates, *, probes: int = 0) -> NormCost:
+    """Return the forecast time of a sample's squared norm as a function of (T, I, O), seconds.
+
+    Args:
+        norms: `direct`, `gram`, or `auto` for the cheapest.
+        rates: The device.
+        probes: Gaussian probes, where norms may be estimated.
+    """
+
+    def seconds(length: int, inputs: int, outputs: int) -> float:
+        shape = (length, inputs, outputs)
+        method = cheaper_norm(shape, rates, probes=probes) if norms == "auto" else norms
+        return norm_seconds(method, shape, rates, probes=probes)
+
+    return seconds
 
 
 def forecast_all(
@@ -102,7 +141,7 @@ def forecast_all(
     length: int,
     model: ModelShape,
     rates: DeviceRates,
-    norm_method: Callable[[int, int, int], str],
+    norm_cost: NormCost,
 ) -> list[Forecast]:
     """Return what each strategy costs for `size` records of `length` tokens, the fastest first.
 
@@ -111,16 +150,13 @@ def forecast_all(
         length: Tokens T of each record held here.
         model: The model.
         rates: The device.
-        norm_method: Norm method of a linear map of (tokens, inputs, outputs).
+        norm_cost: Seconds of one norm.
     """
     parameters = _FP32 * model.parameters
     gradient = model.gradient_bytes * model.parameters
     stored = size * (_GRADIENT_PASSES * gradient + 2.0 * parameters) / rates.bandwidth
     products = sum(2.0 * size * length * i * o for i, o in model.linears) / rates.flops
-    norms = sum(
-        size * norm_seconds(norm_method(length, i, o), (length, i, o), rates)
-        for i, o in model.linears
-    )
+    norms = sum(size * norm_cost(length, i, o) for i, o in model.linears)
     scaling = sum(3.0 * _FP32 * size * length * (i + o) for i, o in model.linears)
     calls = 20.0 * len(model.linears) * rates.call_seconds
     weighed = norms + (scaling + 3.0 * parameters) / rates.bandwidth + calls
@@ -130,12 +166,13 @@ def forecast_all(
     book = _FP32 * size * length * model.features + whole * (model.tied + model.alone_in_group)
     least = whole * (model.tied + model.alone)
     found = [
-        Forecast(name=kept, seconds=stored, bytes=size * gradient),
         Forecast(name="bookkeeping", seconds=weighed, bytes=book),
         # A second pass through everything: input gradients again, and what lies between layers.
         Forecast(name="two_pass", seconds=weighed + 1.3 * products, bytes=least),
     ]
-    if model.layered:
+    if not model.estimated:
+        found.append(Forecast(name=kept, seconds=stored, bytes=size * gradient))
+    if model.layered and not model.estimated:
         layer = _FP32 * model.largest + least
         found.append(Forecast(name="per_layer", seconds=0.9 * stored, bytes=layer))
     return sorted(found, key=lambda forecast: forecast.seconds)
@@ -167,7 +204,7 @@ def best_microbatch(
     most: int,
     model: ModelShape,
     rates: DeviceRates,
-    norm_method: Callable[[int, int, int], str],
+    norm_cost: NormCost,
 ) -> int:
     """Return the smallest micro-batch, in records, that takes about the least time per record.
 
@@ -180,13 +217,13 @@ def best_microbatch(
         most: Largest micro-batch allowed.
         model: The model.
         rates: The device.
-        norm_method: Norm method of a linear map of (tokens, inputs, outputs).
+        norm_cost: Seconds of one norm.
     """
 
     def seconds_per_record(size: int) -> float:
         fits = [
             forecast
-            for forecast in forecast_all(size, length, model, rates, norm_method)
+            for forecast in forecast_all(size, length, model, rates, norm_cost)
             if forecast.bytes <= rates.free_bytes
         ]
         if not fits:

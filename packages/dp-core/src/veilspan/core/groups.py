@@ -24,6 +24,7 @@ from veilspan.core.clipping import Automatic, Clip, Rule
 Budgets = Literal["equal", "dimension"] | Mapping[str, float]
 
 _SMALLEST_FACTOR = torch.finfo(torch.float32).tiny
+_SMALLEST_SQUARE = torch.finfo(torch.float64).tiny
 _BLOCK = re.compile(r"(?:^|.*?\.)\d+(?=\.)")
 
 
@@ -76,7 +77,9 @@ class Groups:
             Factors with `factor · true norm ≤ C_m`; 0 for a norm that is not finite, and for one so
             large that fp32 holds no normal factor for it: such factors could round up.
         """
-        norm_B = sq_norm_B.to(torch.float64).sqrt()
+        sq_norm_B = sq_norm_B.to(torch.float64)
+        # Below the normal numbers a square has lost digits, and its root could be too small.
+        norm_B = torch.where(sq_norm_B > 0, sq_norm_B.clamp(min=_SMALLEST_SQUARE), sq_norm_B).sqrt()
         clip_norm = self.clip_norms[group]
         if math.isinf(clip_norm):
             factor_B = torch.ones_like(norm_B)

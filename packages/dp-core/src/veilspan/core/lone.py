@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from veilspan.core.contributions import Contribution, Formed
+from veilspan.core.contributions import Contribution
 from veilspan.core.errors import PrivacyError
+from veilspan.core.formed import Formed
 from veilspan.core.rules.alone import RecordsAlone
 from veilspan.core.taps import MicroBatch, Site
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -14,23 +13,29 @@ from veilspan.core.backward import STRATEGIES
 from veilspan.core.cost import (
     Choice,
     ModelShape,
+    NormCost,
     best_microbatch,
     cheaper_norm,
     choose,
     forecast_all,
+    norm_cost,
 )
 from veilspan.core.errors import UnsupportedModelError
 from veilspan.core.groups import Groups
+from veilspan.core.measures import ExactMeasure, Measure, SketchedMeasure
+from veilspan.core.model_shape import shape_of
 from veilspan.core.protocols import SequenceShards, SplitModel
 from veilspan.core.rates import DeviceRates
 from veilspan.core.rules import RecordsAlone
 from veilspan.core.rules.linear import LinearRule
-from veilspan.core.survey import OwnedModule, trainable_parameters
+from veilspan.core.sketch import Sketch
+from veilspan.core.survey import OwnedModule
 
 _log = logging.getLogger("veilspan.core")
 
 NORM_METHODS = ("direct", "gram")
 _IN_PARTS = ("bookkeeping", "per_layer")
+_ESTIMATING = ("two_pass", "bookkeeping", "per_layer")
 
 
 @dataclass(kw_only=True)
@@ -39,7 +44,7 @@ class StrategyPlan:
 
     Args:
         backward: `auto` or the name of a strategy.
-        norms: `auto`, `direct` or `gram`.
+        norms: `auto`, `direct` or `gram`, or how norms are estimated.
         modules: Modules that own trainable parameters, with their rules.
         degree: Ranks that hold one sequence together.
         shape: The model, as the cost model sees it.
@@ -50,7 +55,7 @@ class StrategyPlan:
     """
 
     backward: str
-    norms: str
+    norms: str | Sketch
     modules: Sequence[OwnedModule]
     degree: int
     shape: ModelShape
@@ -65,11 +70,20 @@ class StrategyPlan:
         if self.backward not in allowed:
             raise ValueError(f"backward is {self.backward!r}; it must be one of {allowed}.")
         allowed = ("auto", *NORM_METHODS)
-        if self.norms not in allowed:
-            raise ValueError(f"norms is {self.norms!r}; it must be one of {allowed}.")
+        if not isinstance(self.norms, Sketch) and self.norms not in allowed:
+            raise ValueError(f"norms is {self.norms!r}; it must be one of {allowed} or a Sketch.")
+        if self.probes and self.backward not in ("auto", *_ESTIMATING):
+            raise ValueError(
+                f"backward is {self.backward!r}, which forms every gradient, but norms is "
+                f"{self.norms!r}. Use one of {_ESTIMATING}, 'auto', or exact norms."
+            )
         if self.split:
             self._require_sums_in_parts()
-        if self.split or (self.backward != "auto" and STRATEGIES[self.backward].tapped):
+        if (
+            self.split
+            or self.probes
+            or (self.backward != "auto" and STRATEGIES[self.backward].tapped)
+        ):
             self._require_taps()
         if self.backward == "per_layer" and not self.shape.layered:
             raise ValueError(
@@ -77,6 +91,11 @@ class StrategyPlan:
                 "group must end within a layer. Use clipping=PerLayer(...) or PerParameter(...), "
                 "or backward='bookkeeping'."
             )
+
+    @property
+    def probes(self) -> int:
+        """Gaussian probes of an estimate; 0 where norms are exact."""
+        return self.norms.probes if isinstance(self.norms, Sketch) else 0
 
     @property
     def may_tap(self) -> bool:
@@ -107,13 +126,30 @@ class StrategyPlan:
         """Return the smallest micro-batch that takes about the least time per record."""
         if self.backward == "single_sample" or self._obstacle() is not None:
             return 1
-        return best_microbatch(length, most, self.shape, self.rates, self.norm_method)
+        return best_microbatch(length, most, self.shape, self.rates, self._norm_cost)
 
     def norm_method(self, length: int, inputs: int, outputs: int) -> str:
-        """Return `direct` or `gram` for one linear map; the cheaper by the cost model on auto."""
-        if self.norms != "auto":
+        """Return `direct` or `gram` for one exact norm; the cheaper one unless the caller chose."""
+        if isinstance(self.norms, str) and self.norms != "auto":
             return self.norms
         return cheaper_norm((length, inputs, outputs), self.rates)
+
+    def sketch_pays(self, length: int, inputs: int, outputs: int) -> bool:
+        """Return whether an estimate takes less time than the exact norm."""
+        return cheaper_norm((length, inputs, outputs), self.rates, probes=self.probes) == "sketch"
+
+    def measure(self, owned: Mapping[str, nn.Parameter]) -> Measure:
+        """Return what takes squared norms of parameters, given by name."""
+        if not isinstance(self.norms, Sketch):
+            return ExactMeasure(choose=self.norm_method)
+        return SketchedMeasure(
+            sketch=self.norms, choose=self.norm_method, pays=self.sketch_pays, owned=owned
+        )
+
+    @property
+    def _norm_cost(self) -> NormCost:
+        norms = self.norms if isinstance(self.norms, str) else "auto"
+        return norm_cost(norms, self.rates, probes=self.probes)
 
     def path_of(self, parameter: nn.Parameter) -> str:
         """Return the rules that produce a parameter's norm, or the strategy that needs none."""
@@ -152,7 +188,9 @@ class StrategyPlan:
         if strategies & {"two_pass", "bookkeeping"} and isinstance(module.rule, LinearRule):
             weight: torch.Tensor = module.module.weight  # pyright: ignore[reportAssignmentType]
             length = lengths.get(module.name, 0)
-            text += f"  norm {self.norm_method(length, weight.shape[1], weight.shape[0])}"
+            shape = (length, weight.shape[1], weight.shape[0])
+            method = "sketch" if self.sketch_pays(*shape) else self.norm_method(*shape)
+            text += f"  norm {method}"
         return text
 
     def _decide(self, size: int, length: int) -> Choice:
@@ -164,7 +202,7 @@ class StrategyPlan:
         obstacle = self._obstacle()
         if obstacle is not None:
             return Choice(name="single_sample", reason=obstacle)
-        forecasts = forecast_all(size, length, self.shape, self.rates, self.norm_method)
+        forecasts = forecast_all(size, length, self.shape, self.rates, self._norm_cost)
         choice = choose(forecasts, self.memory)
         if choice is not None:
             return choice
@@ -213,18 +251,20 @@ class StrategyPlan:
         Raises:
             UnsupportedModelError: Naming the module, the rule that is missing, and one way out.
         """
+        wish, way_out = f"backward={self.backward!r}", "backward='single_sample'"
+        if self.probes:
+            wish, way_out = f"norms={self.norms!r}", f"exact norms and {way_out}"
         if self.degree > 1:
             raise UnsupportedModelError(
-                f"backward={self.backward!r} needs whole sequences on each rank, but "
-                f"{self.degree} ranks share each sequence. Use backward='single_sample'."
+                f"{wish} needs whole sequences on each rank, but {self.degree} ranks share each "
+                f"sequence. Use {way_out}."
             )
         for owned in self.modules:
             if owned.rule is None:
                 raise UnsupportedModelError(
                     f"Module '{owned.name}' ({type(owned.module).__name__}) has positions first "
-                    f"(batch_first=False), so backward={self.backward!r} would take positions for "
-                    "records. Build it with batch_first=True, or use backward='single_sample' with "
-                    "micro-batches of one record."
+                    f"(batch_first=False), so {wish} would take positions for records. Build it "
+                    f"with batch_first=True, or use {way_out} with micro-batches of one record."
                 )
 
 
@@ -234,13 +274,13 @@ class Wishes:
 
     Args:
         backward: `auto` or the name of a strategy.
-        norms: `auto`, `direct` or `gram`.
+        norms: `auto`, `direct` or `gram`, or how norms are estimated.
         memory_budget: Bytes that `auto` may use beyond an ordinary backward pass; None for half of
             what is free.
     """
 
     backward: str
-    norms: str
+    norms: str | Sketch
     memory_budget: float | None
 
     def __post_init__(self) -> None:
@@ -258,7 +298,7 @@ def plan_for(
     shards: SequenceShards,
 ) -> StrategyPlan:
     """Return the plan of `model` on the device that holds its parameters."""
-    names = {id(p): name for name, p in trainable_parameters(model).items()}
+    sketch = wishes.norms if isinstance(wishes.norms, Sketch) else None
     device = next(model.parameters()).device
     rates = DeviceRates.of(device)
     return StrategyPlan(
@@ -267,54 +307,8 @@ def plan_for(
         modules=modules,
         degree=shards.degree,
         split=isinstance(shards, SplitModel),
-        shape=replace(_shape(groups, modules, names), frozen=_frozen(model)),
+        shape=shape_of(model, modules, groups, sketch),
         rates=rates,
         memory=rates.free_bytes if wishes.memory_budget is None else wishes.memory_budget,
         memory_is_given=wishes.memory_budget is not None,
     )
-
-
-def _frozen(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if not p.requires_grad)
-
-
-def _shape(groups: Groups, modules: Sequence[OwnedModule], names: Mapping[int, str]) -> ModelShape:
-    """Return what the cost model needs of a model; a tied weight counts once per use."""
-    linears, features, alone = [], [0] * len(groups), [0] * len(groups)
-    uses = Counter(id(p) for module in modules for p in module.parameters.values())
-    elements = {id(p): p.numel() for module in modules for p in module.parameters.values()}
-    for module in modules:
-        if isinstance(module.rule, RecordsAlone):
-            for parameter in module.parameters.values():
-                alone[groups.index[names[id(parameter)]]] += parameter.numel()
-        weight = module.parameters.get("weight")
-        if isinstance(module.rule, LinearRule) and weight is not None:
-            outputs, inputs = weight.shape
-            linears.append((inputs, outputs))
-            features[groups.index[names[id(weight)]]] += inputs + outputs
-    return ModelShape(
-        linears=tuple(linears),
-        parameters=sum(elements.values()),
-        largest=max(_elements(m) for m in modules),
-        features=max(features),
-        layered=_end_within_layers(groups, modules, names),
-        tied=sum(elements[p] for p, count in uses.items() if count > 1),
-        alone=max((_elements(m) for m in modules if isinstance(m.rule, RecordsAlone)), default=0),
-        alone_in_group=max(alone),
-        gradient_bytes=max(p.element_size() for m in modules for p in m.parameters.values()),
-    )
-
-
-def _elements(module: OwnedModule) -> int:
-    return sum(p.numel() for p in module.parameters.values())
-
-
-def _end_within_layers(
-    groups: Groups, modules: Sequence[OwnedModule], names: Mapping[int, str]
-) -> bool:
-    """Return whether every group lies within one module, or is one parameter that modules share."""
-    seats: dict[int, set[str]] = {}
-    for module in modules:
-        for parameter in module.parameters.values():
-            seats.setdefault(groups.index[names[id(parameter)]], set()).add(module.name)
-    return all(len(at) == 1 or len(groups.members(group)) == 1 for group, at in seats.items())

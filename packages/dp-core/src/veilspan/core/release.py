@@ -11,6 +11,7 @@ from veilspan.core.adaptive import PrivateQuantile
 from veilspan.core.errors import PrivacyError
 from veilspan.core.groups import Groups
 from veilspan.core.protocols import NoiseSource
+from veilspan.core.sketch import NormLaw
 
 _COUNTS = "veilspan.counts-within-thresholds"  # has a dash: no parameter is called so
 
@@ -28,6 +29,8 @@ class Release:
             larger than σ where the counts of a private quantile are part of the release.
         count_stddev: Standard deviation of the noise on each count of a private quantile; None
             where thresholds are fixed.
+        norms: How norms were estimated; None where they are exact. Where they are estimated,
+            `sensitivity` is exceeded as far and as often as this law allows.
     """
 
     step: int
@@ -36,6 +39,7 @@ class Release:
     expected_batch_size: float
     gradient_noise_multiplier: float
     count_stddev: float | None = None
+    norms: NormLaw | None = None
 
 
 def with_thresholds(groups: Groups, thresholds: Mapping[str, float]) -> Groups:
@@ -61,6 +65,7 @@ class GaussianMechanism:
         noise_multiplier: σ of the release as one mechanism.
         expected_batch_size: Public constant that divides the noisy sum.
         adaptive: Private quantile that moves the thresholds, if any.
+        norms: How norms are estimated, if they are.
     """
 
     def __init__(
@@ -70,11 +75,13 @@ class GaussianMechanism:
         noise_multiplier: float,
         expected_batch_size: float,
         adaptive: PrivateQuantile | None,
+        norms: NormLaw | None,
     ) -> None:
         self._noise = noise
         self._sigma = noise_multiplier
         self._expected = expected_batch_size
         self._adaptive = adaptive
+        self._norms = norms
 
     def announce(self, step: int, groups: Groups) -> Release:
         """Return what step `step` will release under the thresholds of `groups`."""
@@ -87,6 +94,7 @@ class GaussianMechanism:
             expected_batch_size=self._expected,
             gradient_noise_multiplier=gradients,
             count_stddev=adaptive.count_stddev(sigma, len(groups)) if adaptive else None,
+            norms=self._norms,
         )
 
     def noisy_mean(self, release: Release, name: str, total: Tensor, *, offset: int) -> Tensor:

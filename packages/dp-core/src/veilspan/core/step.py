@@ -28,6 +28,7 @@ from veilspan.core.plan import Wishes, plan_for
 from veilspan.core.protocols import GradientReduction, NoiseSource, NormKernel, SequenceShards
 from veilspan.core.reduction import LocalShards, NoReduction
 from veilspan.core.release import GaussianMechanism, Release, with_thresholds
+from veilspan.core.sketch import Sketch
 from veilspan.core.sums import ClippedSum, accumulator_named
 from veilspan.core.survey import owned_modules, refuse_cross_sample_layers, trainable_parameters
 
@@ -48,7 +49,7 @@ class PrivateStep:
             length of a drawn batch.
         backward: `auto`, `single_sample`, `per_sample`, `bookkeeping`, `two_pass` or `per_layer`.
         norms: `auto`, `direct` or `gram`: norm method of linear maps in `two_pass` and
-            `bookkeeping`.
+            `bookkeeping`. `Sketch(...)` estimates norms there and in `per_layer`.
         accumulate: `fp32`, or `exact` for sums of integers: bitwise the same in every order.
         memory_budget: Bytes that `auto` may use beyond an ordinary backward pass; by default half
             of the memory that is free now.
@@ -68,9 +69,8 @@ class PrivateStep:
     Guarantee:
         With one loss per record, adding or removing one record changes the sum before noise by at
         most `sensitivity` in L2 norm, up to fp32 rounding of the accumulated sum (none with
-        `accumulate="exact"`); the noise on every coordinate is N(0, (σ·sensitivity)²) before
-        division. Abadi et al. (2016),
-        https://arxiv.org/abs/1607.00133.
+        `accumulate="exact"`), or as `Sketch` says; the noise on every coordinate is
+        N(0, (σ·sensitivity)²) before division. Abadi et al. (2016), arXiv:1607.00133.
 
     Examples:
         >>> import torch
@@ -94,7 +94,7 @@ class PrivateStep:
         noise_multiplier: float,
         expected_batch_size: float,
         backward: str = "auto",
-        norms: str = "auto",
+        norms: str | Sketch = "auto",
         accumulate: str = "fp32",
         memory_budget: float | None = None,
         kernel: NormKernel | None = None,
@@ -111,12 +111,6 @@ class PrivateStep:
         self.expected_batch_size = float(expected_batch_size)
         self.next_step = first_step
         self._model = model
-        self._mechanism = GaussianMechanism(
-            noise or GaussianNoise(new_key()),
-            noise_multiplier=self.noise_multiplier,
-            expected_batch_size=self.expected_batch_size,
-            adaptive=clipping.adaptive,
-        )
         self._shards = shards or LocalShards()
         self._reduction = reduction or NoReduction()
         self._on_release = on_release
@@ -125,6 +119,13 @@ class PrivateStep:
         may_tap = backward != "single_sample" and self._shards.degree == 1
         modules = list(owned_modules(model, (kernel or BlockedKernel()) if may_tap else None))
         groups = clipping.resolve({name: p.numel() for name, p in owned.items()})
+        self._mechanism = GaussianMechanism(
+            noise or GaussianNoise(new_key()),
+            noise_multiplier=self.noise_multiplier,
+            expected_batch_size=self.expected_batch_size,
+            adaptive=clipping.adaptive,
+            norms=norms.law(clipping, groups) if isinstance(norms, Sketch) else None,
+        )
         wishes = Wishes(backward=backward, norms=norms, memory_budget=memory_budget)
         self._plan = plan_for(model, modules, groups, wishes, self._shards)
         accumulator = accumulator_named(
@@ -142,7 +143,7 @@ class PrivateStep:
             groups=groups,
             shards=self._shards,
             sums=ClippedSum(owned, self._shards, accumulator),
-            norm_method=self._plan.norm_method,
+            measure=self._plan.measure(owned),
         )
         self._entered = False
         self._attached = True

@@ -35,6 +35,7 @@ def probe(work: Workspace, losses_B: Tensor) -> None:
 def run_micro_batch(work: Workspace, losses_B: Tensor) -> None:
     """Probe the first micro-batch of several records, then run the strategy of this one."""
     batch = work.attachment.micro_batch
+    work.measure.begin()
     with second_pass_explained():
         if not work.separable:
             probe(work, losses_B)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from veilspan.core.attachment import Attachment
 from veilspan.core.buffers import SampleBuffers
-from veilspan.core.contributions import NormChoice
 from veilspan.core.groups import Groups
+from veilspan.core.measures import Measure
 from veilspan.core.protocols import SequenceShards
 from veilspan.core.sums import ClippedSum
 
@@ -35,7 +35,7 @@ class Workspace:
         groups: Groups with the thresholds of this logical batch.
         shards: Who holds the rest of each sample and parameter.
         sums: The clipped sum of this logical batch.
-        norm_method: Norm method of a linear map.
+        measure: Takes squared norms.
         buffers: Memory for per-sample gradients.
         within_M: Σ_b (1[norm ≤ C_m] - 1/2) of each group, fp64, where thresholds are adaptive.
         separable: Whether a probe has seen that a loss reaches its own record alone.
@@ -46,7 +46,7 @@ class Workspace:
     groups: Groups
     shards: SequenceShards
     sums: ClippedSum
-    norm_method: NormChoice
+    measure: Measure
     buffers: SampleBuffers = field(default_factory=SampleBuffers)
     within_M: Tensor | None = None
     separable: bool = False

@@ -34,8 +34,8 @@ class PerLayerClipping:
     tapped = True
 
     def run(self, work: Workspace, losses_B: Tensor) -> None:
-        """Form, clip and add each sample's gradient of a layer in that layer's own backward."""
-        run_books(work, losses_B, formed=True)
+        """Clip and add each layer's gradients in its own backward, formed if norms are exact."""
+        run_books(work, losses_B, formed=work.measure.exact)
 
 
 def run_books(work: Workspace, losses_B: Tensor, *, formed: bool) -> None:
@@ -48,13 +48,7 @@ def run_books(work: Workspace, losses_B: Tensor, *, formed: bool) -> None:
     """
     batch = work.attachment.micro_batch
     assert batch is not None
-    books = BookPass(
-        work,
-        batch,
-        choose=work.norm_method,
-        slack=work.slack(fp32=FORMED_SLACK),
-        formed=formed,
-    )
+    books = BookPass(work, batch, slack=work.slack(fp32=FORMED_SLACK), formed=formed)
     batch.differentiate(losses_B.sum(), books)
     work.attachment.require_owned_gradients_only()
     books.close_all()

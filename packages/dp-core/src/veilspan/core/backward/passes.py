@@ -7,13 +7,14 @@ needs its per-sample gradient: the norm of a sum is not the sum of the norms.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from veilspan.core.backward.base import Workspace
-from veilspan.core.contributions import Contribution, NormChoice
+from veilspan.core.contributions import Contribution, Projection
 from veilspan.core.norms import compute_dtype, sq_norms
 from veilspan.core.taps import MicroBatch, Use
 
@@ -48,6 +49,41 @@ class Samples:
     def flush(self, name: str, factor_B: Tensor) -> None:
         """Add Σ_b factor_b · gradient_b to the clipped sum, and forget the gradients."""
         self._work.sums.add_samples_(name, self._grads.pop(name), factor_B)
+
+
+class Estimates:
+    """Squared norms of several parameters together, `[B]`, as the step's measure takes them.
+
+    Block means are added over parameters before the largest of them is taken. A parameter that is
+    used several times counts once all of its uses are here: as the gradient that they add up to, or
+    as its projection.
+    """
+
+    def __init__(self, work: Workspace, batch: MicroBatch) -> None:
+        self._measure = work.measure
+        shape = (batch.size, work.measure.blocks)
+        self._sq_norm_Bb = torch.zeros(shape, dtype=torch.float64, device=batch.device)
+        self._projections: dict[str, Projection] = {}
+
+    def add(self, name: str, part: Contribution) -> None:
+        """Add the one use of a parameter."""
+        self._sq_norm_Bb += self._measure.sq_norms(name, part)
+
+    def add_use(self, name: str, part: Contribution) -> None:
+        """Add one of several uses of a parameter that the measure projects."""
+        found, known = self._measure.projection(name, part), self._projections.get(name)
+        self._projections[name] = found if known is None else known.plus(found)
+
+    def add_formed(self, sq_norm_B: Tensor) -> None:
+        """Add exact squared norms, `[B]`."""
+        self._sq_norm_Bb += sq_norm_B[:, None]
+
+    def sq_norms(self) -> Tensor:
+        """Return the squared norms, `[B]` fp64; no more can be added."""
+        while self._projections:
+            _, projection = self._projections.popitem()
+            self._sq_norm_Bb += self._measure.of_projection(projection)
+        return self._sq_norm_Bb.amax(1)
 
 
 class SamplePass:
@@ -88,39 +124,53 @@ class NormPass:
     Args:
         work: The step's parts.
         batch: The micro-batch.
-        choose: Norm method of a linear map.
     """
 
     keeps = False
 
-    def __init__(self, work: Workspace, batch: MicroBatch, choose: NormChoice) -> None:
-        shape = (len(work.groups), batch.size)
-        self.sq_norm_MB = torch.zeros(shape, dtype=torch.float64, device=batch.device)
+    def __init__(self, work: Workspace, batch: MicroBatch) -> None:
+        self._estimates = [Estimates(work, batch) for _ in range(len(work.groups))]
         self.shared = Samples(work, batch.size)
-        self._work, self._batch, self._choose = work, batch, choose
+        self._work, self._batch = work, batch
 
     def receive(self, use: Use) -> None:
         """Add this use's squared norms, or keep its gradients where other uses will join."""
         for name, part in use.parts():
-            if self._batch.uses[name] > 1:
-                self.shared.add(name, part)
+            estimates = self._estimates[self._work.groups.index[name]]
+            if self._batch.uses[name] == 1:
+                estimates.add(name, part)
+            elif self._work.measure.projects(name):
+                estimates.add_use(name, part)
             else:
-                self.sq_norm_MB[self._work.groups.index[name]] += part.sq_norms(self._choose)
+                self.shared.add(name, part)
+
+    def sq_norms(self) -> Tensor:
+        """Return the squared norms of each group, `[M, B]` fp64; ask once, after the pass."""
+        for name in self.shared.names():
+            estimates = self._estimates[self._work.groups.index[name]]
+            estimates.add_formed(self.shared.sq_norms(name))
+        return torch.stack([estimates.sq_norms() for estimates in self._estimates])
 
 
 @dataclass
 class SumPass:
-    """Adds each layer's weighted gradient to the clipped sum; shared parameters are left out."""
+    """Adds each layer's weighted gradient to the clipped sum.
+
+    Args:
+        work: The step's parts.
+        factor_MB: Factors of each group.
+        kept: Parameters to leave out, as their per-sample gradients were kept.
+    """
 
     work: Workspace
-    batch: MicroBatch
     factor_MB: Tensor
+    kept: Collection[str]
     keeps: bool = False
 
     def receive(self, use: Use) -> None:
         """Add Σ_b factor_b · gradient_b of this use."""
         for name, part in use.parts():
-            if self.batch.uses[name] == 1:
+            if name not in self.kept:
                 part.add_to(self.work.sums, name, self.factor_MB[self.work.groups.index[name]])
 
 
@@ -133,7 +183,6 @@ class BookPass:
     Args:
         work: The step's parts.
         batch: The micro-batch.
-        choose: Norm method of a linear map.
         slack: Relative error, at most, of a norm against what is summed.
         formed: Form each sample's gradient once, and take its norm before adding it, in groups that
             one use of one module completes.
@@ -146,14 +195,13 @@ class BookPass:
         work: Workspace,
         batch: MicroBatch,
         *,
-        choose: NormChoice,
         slack: float,
         formed: bool,
     ) -> None:
         self._work, self._batch = work, batch
-        self._choose, self._slack, self._formed = choose, slack, formed
+        self._slack, self._formed = slack, formed
         self._shared = Samples(work, batch.size)
-        self._open: dict[int, dict[str, Contribution]] = {}
+        self._open: dict[int, dict[str, list[Contribution]]] = {}
         self._closed: set[int] = set()
         self._awaited: Counter[int] = Counter()
         for name, count in batch.uses.items():
@@ -184,25 +232,26 @@ class BookPass:
     def _enter(self, group: int, entries: list[tuple[str, Contribution]]) -> None:
         book = self._open.setdefault(group, {})
         for name, part in entries:
-            if self._batch.uses[name] > 1:
+            if self._batch.uses[name] > 1 and not self._work.measure.projects(name):
                 self._shared.add(name, part)
             else:
-                book[name] = part
+                book.setdefault(name, []).append(part)
 
     def _close(self, group: int) -> None:
         book = self._open.pop(group, {})
         shared = [n for n in self._shared.names() if self._work.groups.index[n] == group]
-        sq_norm_B = self._zeros()
-        for part in book.values():
-            sq_norm_B += part.sq_norms(self._choose)
+        estimates = Estimates(self._work, self._batch)
+        for name, parts in book.items():
+            for part in parts:
+                add = estimates.add if self._batch.uses[name] == 1 else estimates.add_use
+                add(name, part)
         for name in shared:
-            sq_norm_B += self._shared.sq_norms(name)
-        factor_B = self._work.factors(group, sq_norm_B, slack=self._slack)
+            estimates.add_formed(self._shared.sq_norms(name))
+        factor_B = self._work.factors(group, estimates.sq_norms(), slack=self._slack)
         for name in self._work.groups.members(group):  # in one order on every rank
-            part = book.pop(name, None)
-            if part is not None:
+            for part in book.pop(name, ()):
                 part.add_to(self._work.sums, name, factor_B)
-            elif name in shared:
+            if name in shared:
                 self._shared.flush(name, factor_B)
             self._work.sums.settle(name)
         self._closed.add(group)

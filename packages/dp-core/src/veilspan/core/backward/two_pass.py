@@ -22,13 +22,11 @@ class TwoPass:
         """Take the norms, then the sums; parameters used twice keep their gradients."""
         batch = work.attachment.micro_batch
         assert batch is not None
-        loss, index = losses_B.sum(), work.groups.index
-        norms = NormPass(work, batch, work.norm_method)
+        loss, norms = losses_B.sum(), NormPass(work, batch)
         batch.differentiate(loss, norms, keep_graph=True)
         work.attachment.require_owned_gradients_only()
-        for name in norms.shared.names():
-            norms.sq_norm_MB[index[name]] += norms.shared.sq_norms(name)
-        factor_MB = work.all_factors(norms.sq_norm_MB, slack=work.slack(fp32=FORMED_SLACK))
-        batch.differentiate(loss, SumPass(work, batch, factor_MB))
-        for name in norms.shared.names():
-            norms.shared.flush(name, factor_MB[index[name]])
+        factor_MB = work.all_factors(norms.sq_norms(), slack=work.slack(fp32=FORMED_SLACK))
+        kept = norms.shared.names()
+        batch.differentiate(loss, SumPass(work, factor_MB, kept))
+        for name in kept:
+            norms.shared.flush(name, factor_MB[work.groups.index[name]])

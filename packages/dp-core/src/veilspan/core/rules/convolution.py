@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from veilspan.core.contributions import Contribution, Recomputed, RowSums
+from veilspan.core.contributions import Contribution, RowSums
+from veilspan.core.formed import Recomputed
 from veilspan.core.norms import compute_dtype
 
 _FORWARDS = {

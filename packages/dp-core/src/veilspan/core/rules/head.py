@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veilspan.core.contributions import Contribution, Recomputed
-from veilspan.core.norms import compute_dtype
+from veilspan.core.contributions import Contribution, Projection
+from veilspan.core.formed import Recomputed
+from veilspan.core.norms import compute_dtype, magnitudes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,9 @@ class HeadRule:
         """Return weight and bias, each formed sample by sample from logits computed again."""
         work, size = self._chunks_of(module, inputs, grad_output), len(inputs)
         return {
-            "weight": Recomputed(size=size, form=work.weight_grad),
+            "weight": Recomputed(
+                size=size, form=work.weight_grad, projected=work.weight_projection
+            ),
             "bias": Recomputed(size=size, form=work.bias_grad),
         }
 
@@ -200,6 +203,17 @@ class _Chunks:
         total = _wide_zeros_like(self.weight_VD)
         self.accumulate(b, weight_VD=total)
         return total
+
+    def weight_projection(self, b: int, probes_Dk: Tensor) -> Projection:
+        """Return the weight gradient of sample `b` times probes, without forming it."""
+        values_Vk = probes_Dk.new_zeros((len(self.weight_VD), probes_Dk.shape[1]))
+        size = probes_Dk.new_zeros((), dtype=torch.float64)
+        for _, act_tD, grad_tV in self._logit_grads(b):
+            act_tD, grad_tV = act_tD.to(values_Vk.dtype), grad_tV.to(values_Vk.dtype)
+            values_Vk.addmm_(grad_tV.mT, act_tD @ probes_Dk)
+            size += magnitudes(act_tD[None], grad_tV[None])[0]
+        terms = self.hidden_BTD.shape[1] + len(probes_Dk)
+        return Projection(values_BRk=values_Vk[None], size_B=size[None], terms=terms)
 
     def bias_grad(self, b: int) -> Tensor:
         """Return the bias gradient of sample `b`, `[V]` fp32 or fp64."""

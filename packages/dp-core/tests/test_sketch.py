@@ -1,0 +1,363 @@
+"""Estimated norms: equal to what the very probes say of the per-sample gradients, and no less."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from veilspan.core import (
+    Automatic,
+    Flat,
+    GaussianNoise,
+    NormLaw,
+    PerBlock,
+    PerLayer,
+    PrivateQuantile,
+    PrivateStep,
+    Sketch,
+    UnsupportedModelError,
+)
+from veilspan.core.contributions import Lookups, OuterProducts, RowSums
+from veilspan.core.formed import Formed, Recomputed
+from veilspan.core.head import fused_causal_lm_losses
+from veilspan.core.norms import BlockedKernel
+from veilspan.core.plan import StrategyPlan
+from veilspan.core.sketch import Sketch as SketchOfModule
+from veilspan.core.survey import trainable_parameters
+from veilspan.core.testing import Oracle
+from veilspan.core.testing.conformance import assert_close, clipped_sum
+from veilspan.core.testing.oracle import batch_size, per_sample_gradients, take
+
+KEY = bytes(range(32))
+STRATEGIES = ["two_pass", "bookkeeping", "per_layer"]
+PROBES, BLOCKS = 8, 2
+
+
+def sketch(probes=PROBES, blocks=BLOCKS):
+    return Sketch(probes=probes, blocks=blocks, stream=GaussianNoise(KEY))
+
+
+@pytest.fixture
+def always_estimate(monkeypatch):
+    """Estimate every linear map that has more rows and columns than probes, however small."""
+    monkeypatch.setattr(StrategyPlan, "sketch_pays", lambda self, *shape: self.probes > 0)
+
+
+def drawn(name, parameter, size, micro_batch, probes):
+    """Return the probes that the records of one micro-batch have for one parameter."""
+    columns = parameter.numel() // len(parameter)
+    values = torch.zeros((size, columns, probes), dtype=torch.float64)
+    GaussianNoise(KEY).add_(values, stddev=1.0, step=micro_batch, name=f"probes/{name}", offset=0)
+    return values
+
+
+def expected_sum(model, losses, batch, clipping, *, size, exact=(), probes=PROBES, blocks=BLOCKS):
+    """Return the sum whose factors follow from formed gradients times the probes themselves."""
+    owned = trainable_parameters(model)
+    groups = clipping.resolve({name: p.numel() for name, p in owned.items()})
+    total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in owned.items()}
+    for number, start in enumerate(range(0, batch_size(batch), size)):
+        rows = take(batch, start, start + size)
+        gradients = per_sample_gradients(model, losses, rows)
+        draws = {n: drawn(n, p, len(gradients), number, probes) for n, p in owned.items()}
+        for b, gradient in enumerate(gradients):
+            for group in range(len(groups)):
+                estimate = torch.zeros(blocks, dtype=torch.float64)
+                members = groups.members(group)
+                for name in members:
+                    grad, p = gradient[name].double(), owned[name]
+                    if name in exact or p.ndim < 2 or min(grad.flatten(1).shape) <= probes:
+                        estimate += grad.square().sum()
+                    else:
+                        sq_k = (grad.flatten(1) @ draws[name][b]).square().sum(0)
+                        estimate += sq_k.view(blocks, -1).mean(1)
+                factor = groups.factors(group, estimate.max()[None], slack=0.0)[0]
+                for name in members:
+                    total[name] += factor * gradient[name].double()
+    return total
+
+
+def embedding_of(family):
+    """Return the embedding whose exact norm is cheap, unless the head shares it."""
+    return () if family in ("llama-tied", "gpt2", "gemma") else ("model.embed_tokens.weight",)
+
+
+def clipping_of(strategy, clip_norm=0.3):
+    kind = PerLayer if strategy == "per_layer" else Flat
+    return kind(clip_norm=clip_norm, rule=Automatic(gamma=0.0))
+
+
+# What is clipped
+
+
+@pytest.mark.usefixtures("genuine_float64", "always_estimate")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "llama-bias", "qwen3", "gpt2", "phi"])
+def test_factors_are_those_of_the_gradients_times_the_probes(
+    family, strategy, make_model, make_batch, compute_losses
+):
+    model, batch = make_model(family), make_batch(3, 17)
+    if strategy == "per_layer" and family in ("llama-tied", "gpt2"):
+        clipping = PerBlock(clip_norm=0.3, rule=Automatic(gamma=0.0))
+        strategy = "bookkeeping"  # a tied layer does not end within itself
+    else:
+        clipping = clipping_of(strategy)
+    exact = embedding_of(family)
+    exact += ("transformer.wpe.weight",) if family == "gpt2" else ()
+    expected = expected_sum(model, compute_losses, batch, clipping, size=2, exact=exact)
+    got = clipped_sum(
+        model, compute_losses, batch, clipping=clipping, size=2, backward=strategy, norms=sketch()
+    )
+    assert_close(got, expected, 1e-10)
+
+
+@pytest.mark.usefixtures("genuine_float64", "always_estimate")
+@pytest.mark.parametrize("strategy", ["two_pass", "bookkeeping"])
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_a_fused_head_is_estimated_without_its_gradient(
+    family, strategy, make_model, make_batch, compute_losses
+):
+    def losses(model, batch):
+        return fused_causal_lm_losses(model, batch["ids"], batch["labels"], chunk=4)
+
+    model, batch, clipping = make_model(family), make_batch(3, 9), clipping_of(strategy)
+    expected = expected_sum(model, losses, batch, clipping, size=3, exact=embedding_of(family))
+    got = clipped_sum(
+        model, losses, batch, clipping=clipping, size=3, backward=strategy, norms=sketch()
+    )
+    assert_close(got, expected, 1e-10)
+
+
+@pytest.mark.usefixtures("always_estimate")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_types_are_estimated_in_fp32(dtype, make_model, make_batch, compute_losses):
+    """Guards for rounding only lengthen the norm, by a trifle."""
+    model, batch = make_model("llama", dtype=dtype), make_batch(2, 33)
+    clipping, exact = clipping_of("two_pass"), embedding_of("llama")
+    expected = expected_sum(model, compute_losses, batch, clipping, size=2, exact=exact)
+    got = clipped_sum(
+        model, compute_losses, batch, clipping=clipping, size=2, backward="two_pass", norms=sketch()
+    )
+    assert_close(got, expected, 1e-4 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.usefixtures("genuine_float64")
+@pytest.mark.parametrize("strategy", ["two_pass", "bookkeeping"])
+def test_weights_with_no_more_rows_than_probes_stay_exact(
+    strategy, make_model, make_batch, compute_losses
+):
+    model, batch = make_model("llama-tied"), make_batch(3, 17)
+    clipping = Flat(clip_norm=0.3)
+    exact = Oracle.of(model, compute_losses, batch, clipping)
+    got = clipped_sum(
+        model,
+        compute_losses,
+        batch,
+        clipping=clipping,
+        size=3,
+        backward=strategy,
+        norms=sketch(probes=64, blocks=4),
+    )
+    assert_close(got, exact.clipped_sum, 1e-10)
+
+
+@pytest.mark.parametrize("size", [0, 1, 5])
+@pytest.mark.parametrize("length", [1, 2, 65])
+def test_every_size_and_length_is_served(
+    size, length, make_model, make_batch, compute_losses, always_estimate
+):
+    model, batch = make_model("llama-tied", num_hidden_layers=1), make_batch(size, length)
+    clipping = clipping_of("two_pass")
+    expected = expected_sum(model, compute_losses, batch, clipping, size=5)
+    got = clipped_sum(
+        model, compute_losses, batch, clipping=clipping, size=5, backward="two_pass", norms=sketch()
+    )
+    assert_close(got, expected, 1e-5)  # RMSNorm of the models computes in fp32
+
+
+# Kinds of contributions
+
+
+def contributions(b=3, t=7, i=6, o=5):
+    """Return one of each kind, with its per-sample gradients as matrices, `[B, R, N]`."""
+    torch.manual_seed(0)
+    act, grad = torch.randn(b, t, i).double(), torch.randn(b, t, o).double()
+    ids = torch.randint(0, o, (b, t))
+    formed = tuple(torch.randn(o, i).double() for _ in range(b))
+    rows = torch.randn(b, t, o).double()
+    kernel = BlockedKernel()
+    yield OuterProducts(act_BTI=act, grad_BTO=grad, kernel=kernel), grad.mT @ act
+    table = nn.functional.one_hot(ids, o).double().mT @ act
+    yield Lookups(ids_BT=ids, grad_BTD=act, rows=o), table
+    yield RowSums(rows_BTn=rows), rows.sum(1)[:, :, None]
+    yield Formed(gradients=formed), torch.stack(formed)
+    yield Recomputed(size=b, form=lambda k: formed[k]), torch.stack(formed)
+
+
+@pytest.mark.parametrize("position", range(5))
+def test_each_kind_projects_its_own_gradient(position):
+    part, gradient = list(contributions())[position]
+    probes = torch.randn(3, gradient.shape[2], 4).double()
+    found = part.project(probes)
+    torch.testing.assert_close(found.values_BRk, gradient @ probes)
+    assert part.size == 3
+    assert (found.size_B >= gradient.flatten(1).norm(dim=1) * (1 - 1e-12)).all()
+
+
+# Randomness
+
+
+class Rows(nn.Module):
+    """A record's gradient has rank one, and is as long as the record says."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.map = nn.Linear(width, width, bias=False)
+
+    def forward(self, x_BTI):
+        return self.map(x_BTI).sum((1, 2))
+
+
+def contributions_of(step, x_BTI):
+    """Return the norm of the sum of one logical batch without noise."""
+    with step:
+        step.backward(step.model(x_BTI))
+    norm = float(step.model.map.weight.grad.double().norm())
+    step.model.zero_grad()
+    return norm
+
+
+def rank_one_step(**options):
+    torch.manual_seed(0)
+    return PrivateStep(
+        Rows(),
+        clipping=Flat(clip_norm=1.0),
+        noise_multiplier=0.0,
+        expected_batch_size=1,
+        **({"norms": sketch(), "backward": "two_pass"} | options),
+    )
+
+
+@pytest.mark.usefixtures("always_estimate")
+def test_probes_are_fresh_for_every_record_micro_batch_and_attempt():
+    step, record = rank_one_step(), 1e4 * torch.ones(1, 1, 16)
+    seen = [contributions_of(step, record) for _ in range(3)]
+    with pytest.raises(RuntimeError, match="stop"), step:  # nothing of it was released
+        step.backward(step.model(record))
+        raise RuntimeError("stop")
+    seen.append(contributions_of(step, record))
+    with step:
+        for _ in range(2):
+            step.backward(step.model(record))
+    twice = float(step.model.map.weight.grad.double().norm())
+    step.model.zero_grad()
+    together = contributions_of(step, record.expand(2, 1, 16))
+    assert len({round(value, 9) for value in seen}) == 4
+    halves = [seen[0] * 2, twice, together]
+    assert len({round(value, 9) for value in halves}) == 3
+    assert step.next_step == 6
+
+
+@pytest.mark.usefixtures("always_estimate")
+def test_steps_draw_their_own_probes_unless_given_a_stream():
+    record = 1e4 * torch.ones(1, 1, 16)
+    steps = [rank_one_step(norms=Sketch(probes=8, blocks=2)) for _ in range(2)]
+    assert contributions_of(steps[0], record) != contributions_of(steps[1], record)
+
+
+@pytest.mark.usefixtures("always_estimate")
+@pytest.mark.parametrize(("blocks", "mean"), [(1, 1.0), (2, 1.375)])
+def test_an_estimate_has_the_mean_of_the_largest_block(blocks, mean):
+    step, record = rank_one_step(norms=sketch(blocks=blocks)), 1e4 * torch.ones(1, 1, 16)
+    # the record is clipped, so its contribution is the norm over its estimate
+    estimates = [contributions_of(step, record) ** -2 for _ in range(400)]
+    assert sum(estimates) / len(estimates) == pytest.approx(mean, abs=0.1)
+
+
+@pytest.mark.usefixtures("always_estimate")
+def test_a_record_that_is_not_finite_is_dropped_and_one_of_zeros_adds_zero():
+    step = rank_one_step()
+    bad = torch.ones(3, 2, 16)
+    bad[0] = math.nan
+    bad[1] = 0.0
+    with step:
+        step.backward(step.model(bad))
+    alone = float(step.model.map.weight.grad.norm())
+    assert 0 < alone < 3
+    step.model.zero_grad()
+    assert contributions_of(step, torch.zeros(2, 2, 16)) == 0.0
+
+
+# The law, and what it does not cover
+
+
+def test_the_release_tells_the_law_of_its_norms(make_model, make_batch, compute_losses):
+    releases = []
+    model = make_model("llama", dtype=torch.float32)
+    for clipping, groups in ((Flat(clip_norm=1.0), 1), (PerBlock(clip_norm=1.0), 5)):
+        step = PrivateStep(
+            model,
+            clipping=clipping,
+            noise_multiplier=1.0,
+            expected_batch_size=2,
+            norms=Sketch(probes=32, blocks=4),
+            on_release=releases.append,
+        )
+        with step:
+            step.backward(compute_losses(model, make_batch(2, 9)))
+        step.detach()
+        model.zero_grad()
+        law = NormLaw(probes=32, blocks=4, probes_shared=False, groups=groups)
+        assert releases[-1].norms == law
+    step = PrivateStep(
+        model,
+        clipping=clipping,
+        noise_multiplier=1.0,
+        expected_batch_size=2,
+        on_release=releases.append,
+    )
+    with step:
+        pass
+    assert releases[-1].norms is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backward": "per_sample"}, "forms every gradient"),
+        ({"backward": "single_sample"}, "forms every gradient"),
+        ({"clipping": PerLayer(clip_norm=1.0, budgets="dimension")}, "equal thresholds"),
+        (
+            {
+                "clipping": PerLayer(
+                    clip_norm=1.0, adaptive=PrivateQuantile(quantile=0.5)
+                )
+            },
+            "equal thresholds",
+        ),
+    ],
+)
+def test_what_no_law_covers_is_refused(options, message, make_model):
+    model = make_model("llama")
+    with pytest.raises((ValueError, UnsupportedModelError), match=message):
+        PrivateStep(
+            model,
+            **(
+                {
+                    "clipping": Flat(clip_norm=1.0),
+                    "noise_multiplier": 1.0,
+                    "expected_batch_size": 2,
+                    "norms": Sketch(),
+                }
+                | options
+            ),
+        )
+
+
+@pytest.mark.parametrize("numbers", [{"blocks": 3}, {"probes": 0}, {"blocks": 0}, {"probes": 2.5}])
+def test_numbers_that_make_no_sketch_are_refused(numbers):
+    with pytest.raises(ValueError, match=r"probes|blocks"):
+        SketchOfModule(**numbers)
