@@ -23,6 +23,7 @@ from veilspan.core import (
 from veilspan.core.contributions import Lookups, OuterProducts, RowSums
 from veilspan.core.formed import Formed, Recomputed
 from veilspan.core.head import fused_causal_lm_losses
+from veilspan.core.measures import SketchedMeasure
 from veilspan.core.norms import BlockedKernel
 from veilspan.core.plan import StrategyPlan
 from veilspan.core.sketch import Sketch as SketchOfModule
@@ -207,6 +208,22 @@ def test_each_kind_projects_its_own_gradient(position):
     assert (found.size_B >= gradient.flatten(1).norm(dim=1) * (1 - 1e-12)).all()
 
 
+def test_terms_that_cancel_are_guarded_for_their_rounding():
+    """A gradient of zero out of large terms: what is left of them is noise, and may not pass."""
+    act = torch.randn(1, 8, 32).repeat(1, 2, 1)
+    grad = torch.randn(1, 8, 24)
+    part = OuterProducts(
+        act_BTI=act, grad_BTO=torch.cat([grad, -grad], dim=1), kernel=BlockedKernel()
+    )
+    owned = {"w": nn.Parameter(torch.zeros(24, 32))}
+    measure = SketchedMeasure(
+        sketch=sketch(), choose=lambda *shape: "direct", pays=lambda *shape: True, owned=owned
+    )
+    measure.begin()
+    size = float((act.norm(dim=2) * torch.cat([grad, grad], dim=1).norm(dim=2)).sum())
+    assert (measure.sq_norms("w", part).sqrt() >= 1e-7 * size).all()
+
+
 # Randomness
 
 
@@ -331,11 +348,7 @@ def test_the_release_tells_the_law_of_its_norms(make_model, make_batch, compute_
         ({"backward": "single_sample"}, "forms every gradient"),
         ({"clipping": PerLayer(clip_norm=1.0, budgets="dimension")}, "equal thresholds"),
         (
-            {
-                "clipping": PerLayer(
-                    clip_norm=1.0, adaptive=PrivateQuantile(quantile=0.5)
-                )
-            },
+            {"clipping": PerLayer(clip_norm=1.0, adaptive=PrivateQuantile(quantile=0.5))},
             "equal thresholds",
         ),
     ],
