@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from models import Shape
 from torch import Tensor, nn
 
-from veilspan.core import Flat, PerLayer, PrivateStep
+from veilspan.core import Flat, PerLayer, PrivateStep, Sketch
 from veilspan.core.opacus import use_veilspan_norms
 
 CLIP_NORM = 1.0
@@ -65,7 +65,7 @@ class Veilspan:
         noise_multiplier: float,
         *,
         backward: str,
-        norms: str = "auto",
+        norms: str | Sketch = "auto",
     ) -> None:
         self.model = shape.model()
         self._optimizer = shape.optimizer_of(self.model)
@@ -232,6 +232,12 @@ METHODS: dict[str, Callable[[Shape, int, float], Method]] = {
     **{
         name: lambda shape, size, noise, name=name: Veilspan(shape, size, noise, backward=name)
         for name in ("auto", "single_sample", "per_sample", "bookkeeping", "two_pass", "per_layer")
+    },
+    **{
+        f"{name}_sketch": lambda shape, size, noise, name=name: Veilspan(
+            shape, size, noise, backward=name, norms=Sketch()
+        )
+        for name in ("bookkeeping", "two_pass")
     },
     "opacus_hooks": OpacusHooks,
     "opacus_ghost": OpacusGhost,

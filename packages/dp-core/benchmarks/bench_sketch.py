@@ -1,0 +1,235 @@
+"""Estimated norms against exact ones: operations, scratch memory and time of a layer, then a step.
+
+    python bench_sketch.py --output core_sketch.json
+
+A layer is one linear map and one record of T tokens, of which the squared norm of the weight's
+gradient is wanted: `formed` forms the gradient, as fast gradient clipping does; `direct` and `gram`
+are exact without it; `sketch` estimates it. Operations are counted while they run; scratch memory
+is the growth of the resident high-water mark. A step is a logical batch of a decoder: forward,
+backward, clipping, noise and the optimizer; methods take turns within a round, and the ratio is
+plain seconds over method seconds, paired by round. `rank` is the effective rank (Σλ)²/Σλ² of the
+per-record gradients of that decoder, λ the eigenvalues of all weights' GGᵀ together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from memory import high_water_mib
+from models import QUICK, Shape
+from report import insert
+from rounds import Limits, machine, quartiles, time_rounds, today, write
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop
+
+from veilspan.core import Sketch
+from veilspan.core.contributions import OuterProducts
+from veilspan.core.measures import SketchedMeasure
+from veilspan.core.norms import BlockedKernel, sq_norms
+
+MARKS = ("<!-- sketch: made by bench_sketch.py --markdown -->", "<!-- sketch: end -->")
+STEP_METHODS = ("plain", "two_pass", "two_pass_sketch", "bookkeeping", "bookkeeping_sketch")
+_IN_PLACE = {torch.ops.aten.baddbmm_: baddbmm_flop}  # torch forgets to count it
+RIVALS = ("opacus_fgc", "opacus_ghost")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A linear map, and the tokens of one record.
+
+    Args:
+        inputs: Features I.
+        outputs: Features O.
+        length: Tokens T.
+        probes: Gaussian probes k.
+    """
+
+    inputs: int
+    outputs: int
+    length: int
+    probes: int
+
+    def methods(self) -> dict[str, Callable[[], Tensor]]:
+        """Return functions that give the squared norm, `[1]` or `[1, b]`."""
+        torch.manual_seed(0)
+        act, grad = (
+            torch.randn(1, self.length, self.inputs),
+            torch.randn(1, self.length, self.outputs),
+        )
+        part = OuterProducts(act_BTI=act, grad_BTO=grad, kernel=BlockedKernel())
+        owned = {"weight": nn.Parameter(torch.zeros(self.outputs, self.inputs))}
+        measure = SketchedMeasure(
+            sketch=Sketch(probes=self.probes, blocks=4),
+            choose=lambda *shape: "direct",
+            pays=lambda *shape: True,
+            owned=owned,
+        )
+
+        def sketch() -> Tensor:
+            measure.begin()
+            return measure.sq_norms("weight", part)
+
+        return {
+            "formed": lambda: sq_norms(part.per_sample()),
+            "direct": lambda: part.sq_norms(lambda *shape: "direct"),
+            "gram": lambda: part.sq_norms(lambda *shape: "gram"),
+            "sketch": sketch,
+        }
+
+
+def layer_rows(layer: Layer, repeats: int) -> list[dict[str, Any]]:
+    """Return one row per method of one layer."""
+    rows = []
+    for name, method in layer.methods().items():
+        counter = FlopCounterMode(display=False, custom_mapping=_IN_PLACE)
+        with counter:
+            method()
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            method()
+            seconds.append(time.perf_counter() - start)
+        rows.append(
+            {
+                "inputs": layer.inputs,
+                "outputs": layer.outputs,
+                "length": layer.length,
+                "probes": layer.probes,
+                "method": name,
+                "operations": counter.get_total_flops(),
+                "scratch_mib": _scratch_mib(method),
+                "seconds": quartiles(seconds),
+            }
+        )
+    return rows
+
+
+def _scratch_mib(method: Callable[[], Tensor]) -> float:
+    """Return the growth of the resident set while the method runs, MiB."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = high_water_mib()
+    method()
+    return high_water_mib() - before
+
+
+def effective_ranks(shape: Shape, records: int) -> list[float]:
+    """Return the effective rank of each record's gradient, over all weight matrices."""
+    model = shape.model()
+    ranks = []
+    for tokens in shape.tokens(1)[:1].repeat(records, 1).split(1):
+        fresh = torch.randint_like(tokens, shape.vocabulary)
+        model.zero_grad()
+        shape.losses(model, fresh).sum().backward()
+        total = square = 0.0
+        for parameter in model.parameters():
+            grad = parameter.grad
+            if grad is None or grad.ndim < 2:
+                continue
+            side = grad if grad.shape[0] <= grad.shape[1] else grad.mT
+            gram = side.double() @ side.double().mT
+            total, square = total + float(gram.trace()), square + float(gram.square().sum())
+        ranks.append(total**2 / square)
+    return ranks
+
+
+def step_rows(shape: Shape, names: list[str], limits: Limits) -> list[dict[str, Any]]:
+    """Return one row per method of a training step."""
+    sizes = {name: (name, shape.records) for name in names}
+    times = time_rounds(shape, sizes, limits, lambda line: print(line, flush=True))
+    return [
+        {
+            "length": shape.length,
+            "records": shape.records,
+            "method": name,
+            "seconds": quartiles(list(times.settled(name).values())),
+            "ratio": quartiles(times.paired(name, "plain")),
+        }
+        for name in names
+        if name not in times.failures
+    ]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return the tables for the documentation."""
+    lines = [
+        "| layer | method | operations | scratch memory | time |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    formed: dict[str, Any] = {}
+    for row in result["layers"]:
+        if row["method"] == "formed":  # the first of each layer
+            formed = row
+        lines.append(
+            f"| {row['outputs']}×{row['inputs']}, T = {row['length']} | {_name(row)} "
+            f"| {_less(row['operations'], formed['operations'])} "
+            f"| {row['scratch_mib']:.1f} MiB ({_less(row['scratch_mib'], formed['scratch_mib'])}) "
+            f"| {1e3 * row['seconds']['median']:.1f} ms |"
+        )
+    steps, ranks = result["steps"], result["ranks"]
+    lines += [
+        "",
+        f"| step, T = {steps[0]['length']}, B = {steps[0]['records']} | seconds | ratio |",
+        "| --- | --- | --- |",
+    ]
+    lines += [
+        f"| {row['method'].replace('_', ' ')} | {row['seconds']['median']:.2f} "
+        f"| {row['ratio']['median']:.2f} |"
+        for row in steps
+    ]
+    lines += [
+        "",
+        f"Effective rank of the gradients of {len(ranks)} records: median "
+        f"{statistics.median(ranks):.0f}, from {min(ranks):.0f} to {max(ranks):.0f}.",
+    ]
+    return "\n".join(lines)
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"sketch, k = {row['probes']}" if row["method"] == "sketch" else row["method"]
+
+
+def _less(mine: float, theirs: float) -> str:
+    """Return how much less, in percent of the other; `1` where it is the other."""
+    return "reference" if mine == theirs else f"{100 * (mine / theirs - 1):+.1f} %"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", "--json", type=Path, help="write the results here, as JSON")
+    parser.add_argument("--markdown", type=Path, help="put the tables into this page")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: does everything run?")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    length = 256 if options.quick else 4096
+    sides = [(64, 128)] if options.quick else [(2048, 8192), (2048, 512)]
+    layers = [Layer(inputs=i, outputs=o, length=length, probes=32) for i, o in sides]
+    shape = Shape(length=length, records=2, fused_head=True, **(QUICK if options.quick else {}))
+    limits = Limits(rounds=1 if options.quick else options.rounds)
+    methods = [*STEP_METHODS, *(() if options.quick else RIVALS)]
+    result = {
+        "benchmark": "estimated norms",
+        "date": today(),
+        "machine": machine(),
+        "layers": [row for layer in layers for row in layer_rows(layer, options.rounds)],
+        "ranks": effective_ranks(shape, 2 if options.quick else 8),
+        "steps": step_rows(shape, methods, limits),
+    }
+    print(markdown(result))
+    write(result, options.output)
+    if options.markdown:
+        insert(markdown(result), options.markdown, MARKS)
+
+
+if __name__ == "__main__":
+    main()
