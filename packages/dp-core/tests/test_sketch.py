@@ -238,13 +238,19 @@ class Rows(nn.Module):
         return self.map(x_BTI).sum((1, 2))
 
 
+def length_of(step):
+    """Return the norm of the sum that was released without noise, and forget it."""
+    (weight,) = step.parameters.values()
+    norm = float(weight.grad.double().norm())
+    weight.grad = None
+    return norm
+
+
 def contributions_of(step, x_BTI):
     """Return the norm of the sum of one logical batch without noise."""
     with step:
         step.backward(step.model(x_BTI))
-    norm = float(step.model.map.weight.grad.double().norm())
-    step.model.zero_grad()
-    return norm
+    return length_of(step)
 
 
 def rank_one_step(**options):
@@ -269,8 +275,7 @@ def test_probes_are_fresh_for_every_record_micro_batch_and_attempt():
     with step:
         for _ in range(2):
             step.backward(step.model(record))
-    twice = float(step.model.map.weight.grad.double().norm())
-    step.model.zero_grad()
+    twice = length_of(step)
     together = contributions_of(step, record.expand(2, 1, 16))
     assert len({round(value, 9) for value in seen}) == 4
     halves = [seen[0] * 2, twice, together]
@@ -302,9 +307,7 @@ def test_a_record_that_is_not_finite_is_dropped_and_one_of_zeros_adds_zero():
     bad[1] = 0.0
     with step:
         step.backward(step.model(bad))
-    alone = float(step.model.map.weight.grad.norm())
-    assert 0 < alone < 3
-    step.model.zero_grad()
+    assert 0 < length_of(step) < 3
     assert contributions_of(step, torch.zeros(2, 2, 16)) == 0.0
 
 
