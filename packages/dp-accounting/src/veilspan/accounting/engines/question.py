@@ -12,6 +12,7 @@ from veilspan.accounting.engines.compose import Composition, WindowTooWideError
 from veilspan.accounting.engines.discretise import GridLoss, dominated, dominating
 from veilspan.accounting.engines.one_step import OneStep
 from veilspan.accounting.engines.protocol import EngineError
+from veilspan.accounting.engines.sketched_step import sketched_step
 from veilspan.accounting.engines.symmetric import SymmetricStep
 from veilspan.accounting.mechanism import SampledGaussian
 
@@ -22,10 +23,15 @@ COARSE = 0.03  # grid spacing in standard deviations of one step's loss
 _INFINITE = 1e-6  # share of δ that may be spent on losses beyond the grid
 # Rounding of the discretised one-step loss: a bias of its mean, which every step adds again.
 _LOSS_ROUNDING = 1e-15
+_SKETCHED_ROUNDING = 1e-13  # where positions are found by iteration
 _MARGIN = 1e-9
+_LOST = 1e-10
 _ROUGH_TRANSFORM = 1 << 14
 _COARSENINGS = 12
 _GUESSES = 2
+# Atoms of the law of a contribution with an estimated norm: at the first fineness, for a first look
+# at ε, and to align the grid of a lower bound.
+_ATOMS, _ROUGH_ATOMS, _GUIDE_ATOMS = 200, 64, 32
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,14 @@ class Question:
         delta: The δ at which ε is asked, or the order of magnitude of the δ that is asked.
         largest_transform: Most points of one Fourier transform.
         guesses: About where ε lies in each direction, once that is known.
+        rough: Whether few atoms will do for the law of a contribution with an estimated norm.
     """
 
     parts: tuple[SampledGaussian, ...]
     delta: float
     largest_transform: int
     guesses: dict[OneDirection, float | None] = field(default_factory=dict, compare=False)
+    rough: bool = False
 
     def epsilon(self, direction: OneDirection, bound: Bound, fineness: float) -> float:
         """Return a bound on ε from a grid of `fineness`, or one that just fits the transform."""
@@ -82,11 +90,16 @@ class Question:
 
     @property
     def _rounding(self) -> float:
-        return _LOSS_ROUNDING * self._steps
+        return (_SKETCHED_ROUNDING if self._sketched else _LOSS_ROUNDING) * self._steps
+
+    @property
+    def _sketched(self) -> bool:
+        return any(part.norms is not None for part in self.parts)
 
     def _rough(self, direction: OneDirection) -> float | None:
         """Return slightly less than ε, or nothing, from two transforms that cost very little."""
-        rough = replace(self, largest_transform=min(_ROUGH_TRANSFORM, self.largest_transform))
+        transform = min(_ROUGH_TRANSFORM, self.largest_transform)
+        rough = replace(self, largest_transform=transform, rough=True)
         guess = None
         for _ in range(2):  # the second window is narrower, so its grid is finer
             try:
@@ -102,14 +115,21 @@ class Question:
         # Rounding the step count up lets neighbouring questions share the one-step loss.
         tail = _INFINITE * self.delta / (1 << self._steps.bit_length())
         spacing = fineness * self._loss_scale()
+        atoms = _ROUGH_ATOMS if self.rough else math.ceil(_ATOMS * COARSE / fineness)
+        # Far more than atoms for the law of a contribution may lose; see `norm_law`.
+        lost = self.delta * _LOST if self._sketched else 0.0
+        delta = self.delta - lost if bound == "upper" else self.delta + lost
         for _ in range(_COARSENINGS):
             grids = [
-                (_grid(replace(part, steps=1), (direction, bound), spacing, tail), part.steps)
+                (
+                    _grid(replace(part, steps=1), (direction, bound), (spacing, tail), atoms),
+                    part.steps,
+                )
                 for part in self.parts
             ]
             try:
                 return Composition(
-                    grids, self.delta, largest_transform=self.largest_transform, guess=guess
+                    grids, delta, largest_transform=self.largest_transform, guess=guess
                 )
             except WindowTooWideError as error:
                 spacing = error.spacing
@@ -132,9 +152,20 @@ def _step(part: SampledGaussian) -> OneStep | SymmetricStep:
 
 @lru_cache(maxsize=64)  # the number of steps does not divide the cache: `one` has one step
 def _grid(
-    one: SampledGaussian, kind: tuple[OneDirection, Bound], spacing: float, tail: float
+    one: SampledGaussian,
+    kind: tuple[OneDirection, Bound],
+    size: tuple[float, float],
+    atoms: int,
 ) -> GridLoss:
-    step, (direction, bound) = _step(one), kind
+    (direction, bound), (spacing, tail) = kind, size
+    if one.norms is not None:
+        step = sketched_step(one, bound, atoms, tail)
+        largest = step.largest_excess(tail)
+        if bound == "upper":
+            return dominating(step, direction, spacing, largest)
+        guide = sketched_step(one, bound, _GUIDE_ATOMS, tail)
+        return dominated(step, direction, spacing, largest, guide)
+    step = _step(one)
     if isinstance(step, SymmetricStep):
         build = step.dominating if bound == "upper" else step.dominated
         return build(spacing, tail)
