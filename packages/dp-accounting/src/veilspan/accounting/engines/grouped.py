@@ -80,7 +80,7 @@ def _mean(first: Array, groups: int, second: Array, more: int, bound: Bound) -> 
     kept = [law[:-1] > _NEGLIGIBLE for law in (first, second)]
     value = np.add.outer(share * node[kept[0]], (1 - share) * node[kept[1]])
     product = np.multiply.outer(first[:-1][kept[0]], second[:-1][kept[1]])
-    law = np.bincount(
+    total = np.bincount(
         _place(value, bound).ravel(), weights=product.ravel(), minlength=len(node) + 1
     )
     if bound == "upper":  # whatever is left out counts as beyond
@@ -88,8 +88,8 @@ def _mean(first: Array, groups: int, second: Array, more: int, bound: Bound) -> 
             float(law[:-1][~k].sum() + law[-1])
             for law, k in zip((first, second), kept, strict=True)
         )
-        law[-1] += left + right - left * right
-    return law
+        total[-1] += left + right - left * right
+    return total
 
 
 def _place(value: Array, bound: Bound) -> NDArray[np.int64]:
@@ -97,6 +97,5 @@ def _place(value: Array, bound: Bound) -> NDArray[np.int64]:
     even = value / _SPACING
     far = np.log(np.maximum(even / _EVEN, 1.0)) / np.log(_RATIO)
     place = np.where(far > 0, _EVEN + far, even)
-    if bound == "upper":
-        return np.ceil(place - _ROUNDING).astype(np.int64)
-    return np.floor(place + _ROUNDING).astype(np.int64)
+    rounded = np.ceil(place - _ROUNDING) if bound == "upper" else np.floor(place + _ROUNDING)
+    return rounded.astype(np.int64)

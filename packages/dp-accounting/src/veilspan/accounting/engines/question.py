@@ -10,7 +10,7 @@ from typing import Literal
 from veilspan.accounting.engines.closed_form import SMALLEST_DELTA
 from veilspan.accounting.engines.compose import Composition, WindowTooWideError
 from veilspan.accounting.engines.discretise import GridLoss, dominated, dominating
-from veilspan.accounting.engines.one_step import OneStep
+from veilspan.accounting.engines.one_step import LARGEST_LOSS, OneStep
 from veilspan.accounting.engines.protocol import EngineError
 from veilspan.accounting.engines.sketched_step import sketched_step
 from veilspan.accounting.engines.symmetric import SymmetricStep
@@ -29,6 +29,8 @@ _LOST = 1e-10
 _ROUGH_TRANSFORM = 1 << 14
 _COARSENINGS = 12
 _GUESSES = 2
+# Losses where norms are estimated may be rare and huge: far above ε they may count as infinite.
+_FIRST_LARGEST, _FAR_ABOVE = 100.0, 50.0
 # Atoms of the law of a contribution with an estimated norm: at the first fineness, for a first look
 # at ε, and to align the grid of a lower bound.
 _ATOMS, _ROUGH_ATOMS, _GUIDE_ATOMS = 200, 64, 32
@@ -106,7 +108,8 @@ class Question:
                 epsilon = rough._compose(direction, "upper", COARSE, guess).upper_epsilon()
             except EngineError:
                 break
-            guess = 0.95 * epsilon if math.isfinite(epsilon) else guess
+            if math.isfinite(epsilon):
+                guess = 0.95 * epsilon if guess is None else min(guess, 0.95 * epsilon)
         return guess
 
     def _compose(
@@ -115,14 +118,17 @@ class Question:
         # Rounding the step count up lets neighbouring questions share the one-step loss.
         tail = _INFINITE * self.delta / (1 << self._steps.bit_length())
         spacing = fineness * self._loss_scale()
-        atoms = _ROUGH_ATOMS if self.rough else math.ceil(_ATOMS * COARSE / fineness)
+        law = _Law(
+            atoms=_ROUGH_ATOMS if self.rough else math.ceil(_ATOMS * COARSE / fineness),
+            largest=self._largest_loss(guess),
+        )
         # Far more than atoms for the law of a contribution may lose; see `norm_law`.
         lost = self.delta * _LOST if self._sketched else 0.0
         delta = self.delta - lost if bound == "upper" else self.delta + lost
         for _ in range(_COARSENINGS):
             grids = [
                 (
-                    _grid(replace(part, steps=1), (direction, bound), (spacing, tail), atoms),
+                    _grid(replace(part, steps=1), (direction, bound), (spacing, tail), law),
                     part.steps,
                 )
                 for part in self.parts
@@ -135,10 +141,24 @@ class Question:
                 spacing = error.spacing
         raise EngineError(f"no grid of {self.largest_transform} points holds {self.parts}")
 
+    def _largest_loss(self, guess: float | None) -> float:
+        """Return a loss so far above ε that larger ones may count as infinite."""
+        if guess is None:
+            return _FIRST_LARGEST if self.rough else LARGEST_LOSS
+        return min(2 * guess + _FAR_ABOVE, LARGEST_LOSS)
+
     def _loss_scale(self) -> float:
         """Return the standard deviation of one step's loss, on average over the phases."""
         total = sum(part.steps * _step(part).loss_scale() ** 2 for part in self.parts)
         return math.sqrt(total / self._steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Law:
+    """How finely the law of a contribution with an estimated norm is treated."""
+
+    atoms: int
+    largest: float
 
 
 def _step(part: SampledGaussian) -> OneStep | SymmetricStep:
@@ -155,12 +175,12 @@ def _grid(
     one: SampledGaussian,
     kind: tuple[OneDirection, Bound],
     size: tuple[float, float],
-    atoms: int,
+    law: _Law,
 ) -> GridLoss:
     (direction, bound), (spacing, tail) = kind, size
     if one.norms is not None:
-        step = sketched_step(one, bound, atoms, tail)
-        largest = step.largest_excess(tail)
+        step = sketched_step(one, bound, law.atoms, tail)
+        largest = min(step.largest_excess(tail), law.largest)
         if bound == "upper":
             return dominating(step, direction, spacing, largest)
         guide = sketched_step(one, bound, _GUIDE_ATOMS, tail)
