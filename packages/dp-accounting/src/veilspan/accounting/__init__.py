@@ -5,6 +5,7 @@ from veilspan.accounting.chain import LedgerEntry, LedgerError
 from veilspan.accounting.ledger import BudgetExceeded, Ledger
 from veilspan.accounting.phases import Phases
 from veilspan.accounting.plan import PrivacyPlan
+from veilspan.accounting.sketched import SketchedClip
 from veilspan.accounting.tradeoff import TradeOff
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "LedgerError",
     "Phases",
     "PrivacyPlan",
+    "SketchedClip",
     "TradeOff",
 ]

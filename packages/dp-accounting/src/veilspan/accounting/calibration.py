@@ -129,8 +129,8 @@ def _narrow(
     """Shrink the bracket by Brent's method, then make sure of both of its ends."""
 
     def miss(log_sigma: float) -> float:
-        # The added constant gives an ε of 0, which much noise can reach, a finite logarithm.
-        return math.log((epsilon(math.exp(log_sigma)) + 1e-12) / target)
+        # An ε of 0, which much noise can reach, or of infinity gets a finite logarithm.
+        return math.log(min(epsilon(math.exp(log_sigma)) + 1e-12, 1e12) / target)
 
     ends = math.log(low), math.log(high)
     log_root: Any = brentq(miss, *ends, xtol=_PRECISION)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from veilspan.accounting.sketched import SketchedClip
+
 RELATIONS = ("add_remove", "replace")
 
 
@@ -14,7 +16,8 @@ class SampledGaussian:
 
     With the sensitivity scaled to 1, one release on a data set with the record of interest is
     distributed as `(1 - q) N(0, σ²) + q N(1, σ²)`, and without it as `N(0, σ²)`. With another value
-    of the record it is at worst `(1 - q) N(0, σ²) + q N(-1, σ²)`.
+    of the record it is at worst `(1 - q) N(0, σ²) + q N(-1, σ²)`. Where norms are estimated, the 1
+    is replaced by a random size that may exceed it.
 
     Args:
         noise_multiplier: σ, the noise standard deviation divided by the sensitivity; at least 0.
@@ -24,9 +27,13 @@ class SampledGaussian:
             value of one record ("replace").
         overflow: Chance, at most, that one step's sample is larger than what is processed, so that
             it is cut; 0 where samples of any size are.
+        norms: How the norms are estimated by which contributions are clipped; `None` where they are
+            exact, so that no contribution exceeds the threshold. For "add_remove" and
+            `sampling_probability` below 1 only.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        ValueError: If an argument is outside its range, or `norms` is given where nothing is
+            proved.
 
     Examples:
         >>> SampledGaussian(noise_multiplier=1.0, sampling_probability=0.01, steps=1000).steps
@@ -38,6 +45,7 @@ class SampledGaussian:
     steps: int
     relation: str = "add_remove"
     overflow: float = 0.0
+    norms: SketchedClip | None = None
 
     def __post_init__(self) -> None:
         check_number("noise_multiplier", self.noise_multiplier)
@@ -54,6 +62,24 @@ class SampledGaussian:
             raise ValueError(
                 f"relation is {self.relation!r}; supported is {choices}. "
                 "The noise for one relation is not the noise for another."
+            )
+        self._check_norms()
+
+    def _check_norms(self) -> None:
+        if self.norms is None:
+            return
+        if not isinstance(self.norms, SketchedClip):
+            raise ValueError(f"norms is {self.norms!r}; it must be a SketchedClip, or None.")
+        if self.relation != "add_remove":
+            raise ValueError(
+                f"norms are estimated and relation is {self.relation!r}: contributions that may "
+                "exceed the threshold are counted for 'add_remove' only. Use relation='add_remove' "
+                "or exact norms (norms=None)."
+            )
+        if self.sampling_probability == 1:
+            raise ValueError(
+                "norms are estimated and sampling_probability is 1: this is not counted here. Use "
+                "exact norms (norms=None), or a sampling_probability below 1."
             )
 
     @property

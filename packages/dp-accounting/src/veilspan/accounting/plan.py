@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from veilspan.accounting.bounds import DeltaBounds, EpsilonBounds
@@ -19,12 +19,13 @@ from veilspan.accounting.mechanism import (
     check_epsilon,
 )
 from veilspan.accounting.plan_checks import check_plan
+from veilspan.accounting.sketched import SketchedClip
 from veilspan.accounting.statement import write_statement
 from veilspan.accounting.tradeoff import TradeOff, find_tradeoff
 
 SCHEMA = "veilspan.accounting.plan/1"
 # Not written where they are None, as plans without them have digests that ledgers hold.
-_LEFT_OUT = ("batch_cap", "most_records")
+_LEFT_OUT = ("batch_cap", "most_records", "norms")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class PrivacyPlan:
         steps: Number of releases the plan allows for; empty batches are releases too.
         delta: δ, the probability the guarantee may fail with; far below 1 / number of records.
         clip_norm: Sensitivity of the sum: the L2 norm that one record's contribution never
-            exceeds, over all groups together. Infinite only where `noise_multiplier` is 0.
+            exceeds, over all groups together, if its norm is known. Infinite only where `noise_multiplier` is 0.
         expected_batch_size: The public constant by which sums are divided, in records; `None`
             where it is not known to the plan. ε does not depend on it.
         unit: Whose presence is hidden, in the singular: "record", "document", "user".
@@ -53,6 +54,9 @@ class PrivacyPlan:
         batch_cap: With "truncated_poisson", the most records a step processes; a larger sample is
             cut in any way. The chance of a cut is charged to δ.
         most_records: With "truncated_poisson", a public bound on the number of records.
+        norms: How the norms are estimated by which contributions are clipped, as the clipper
+            reports it; `None` where they are exact. A contribution may then exceed `clip_norm`, by
+            a law that is counted; with "add_remove" and sampling only.
 
     Raises:
         ValueError: If a value is out of range or a name is unknown.
@@ -77,6 +81,7 @@ class PrivacyPlan:
     noise_stream: str = "aes-ctr"
     batch_cap: int | None = None
     most_records: int | None = None
+    norms: SketchedClip | None = None
 
     def __post_init__(self) -> None:
         check_plan(self)
@@ -102,6 +107,7 @@ class PrivacyPlan:
         noise_stream: str = "aes-ctr",
         batch_cap: int | None = None,
         most_records: int | None = None,
+        norms: SketchedClip | None = None,
     ) -> Self:
         """Return the plan with the least noise that is certified to keep `target_epsilon`.
 
@@ -118,6 +124,7 @@ class PrivacyPlan:
             noise_stream: See the class.
             batch_cap: See the class.
             most_records: See the class.
+            norms: See the class.
 
         Raises:
             ValueError: If an argument is out of range or the target cannot be reached.
@@ -145,6 +152,7 @@ class PrivacyPlan:
             "noise_stream": noise_stream,
             "batch_cap": batch_cap,
             "most_records": most_records,
+            "norms": norms,
         }
         if not (isinstance(clip_norm, (int, float)) and math.isfinite(clip_norm)):
             raise ValueError(f"clip_norm is {clip_norm}; it must be finite where noise is added.")
@@ -228,6 +236,7 @@ class PrivacyPlan:
             steps=steps,
             relation=self.relation,
             overflow=self._overflow,
+            norms=self.norms,
         )
 
     @property
@@ -259,6 +268,8 @@ class PrivacyPlan:
         for name, value in values.items():
             if isinstance(value, float) and math.isinf(value):
                 values[name] = "inf"
+            elif isinstance(value, SketchedClip):
+                values[name] = asdict(value)
         return {"schema": SCHEMA, **values}
 
     @classmethod
@@ -284,6 +295,8 @@ class PrivacyPlan:
             )
         if values.get("clip_norm") == "inf":
             values["clip_norm"] = math.inf
+        if isinstance(values.get("norms"), dict):
+            values["norms"] = SketchedClip.from_dict(values["norms"])
         return cls(**values)
 
     def to_json(self) -> str:

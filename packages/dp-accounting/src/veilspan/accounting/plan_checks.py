@@ -76,12 +76,13 @@ def _check_sampling(plan: PrivacyPlan) -> None:
 
 
 def check_mechanism(plan: PrivacyPlan) -> None:
-    """Raise `ValueError` unless noise, sampling probability, steps and relation make sense."""
+    """Raise `ValueError` unless noise, sampling probability, steps, relation and norms make sense."""
     SampledGaussian(
         noise_multiplier=plan.noise_multiplier,
         sampling_probability=plan.sampling_probability,
         steps=plan.steps,
         relation=plan.relation,
+        norms=plan.norms,
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -50,6 +51,20 @@ class SketchedClip:
             )
         if not isinstance(self.probes_shared, bool):
             raise ValueError(f"probes_shared is {self.probes_shared!r}; it must be True or False.")
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Return the law whose fields these are.
+
+        Raises:
+            ValueError: If fields are unknown, missing or out of range.
+        """
+        known = {field.name for field in fields(cls)}
+        if set(data) != known:
+            raise ValueError(
+                f"norms has fields {sorted(data)}; they must be {sorted(known)}, all of them."
+            )
+        return cls(**data)
 
     def exceeds(self, ratio: ArrayLike) -> NDArray[np.float64]:
         """Return the chance, at most, that one group's contribution exceeds `ratio` thresholds.

@@ -10,6 +10,7 @@ from veilspan.accounting.bounds import EpsilonBounds, round_up
 if TYPE_CHECKING:
     from veilspan.accounting.phases import Phases
     from veilspan.accounting.plan import PrivacyPlan
+    from veilspan.accounting.sketched import SketchedClip
 
 _STREAMS = {
     "aes-ctr": (
@@ -81,14 +82,19 @@ def _write(guarantee: str, lines: list[str]) -> str:
 def _guarantee(plans: tuple[PrivacyPlan, ...], bounds: EpsilonBounds) -> str:
     if math.isinf(bounds.upper):
         return (
-            "NO PRIVACY GUARANTEE: the noise multiplier is 0, or samples are cut too often, so ε "
-            "is infinite. "
+            "NO PRIVACY GUARANTEE: the noise multiplier is 0, samples are cut too often, or norms "
+            "are estimated from too few probes for so little noise, so ε is infinite. "
             "Use this for tests and debugging only."
         )
     unit, relation = plans[0].unit, plans[0].relation
     steps = f"{sum(plan.steps for plan in plans):,} steps"
     if len(plans) > 1:
         steps += f" in {len(plans)} phases"
+    least = (
+        "the exact ε is at least"
+        if all(plan.norms is None for plan in plans)
+        else "that of the law which stands for estimated norms is at least"
+    )
     return (
         f"After {steps} the trained model and everything released with it are "
         f"(ε, δ)-differentially private with ε ≤ {round_up(bounds.upper)} and "
@@ -96,7 +102,7 @@ def _guarantee(plans: tuple[PrivacyPlan, ...], bounds: EpsilonBounds) -> str:
         f"Whatever is published, nobody can tell {_QUESTIONS[relation].format(unit=unit)} "
         f"with odds more than e^ε times what they were before, except with probability δ. "
         f"The number is an upper bound ({bounds.method}; both directions counted, the worse one "
-        f"printed); the exact ε is at least {_round_down(bounds.lower)}."
+        f"printed); {least} {_round_down(bounds.lower)}."
     )
 
 
@@ -139,11 +145,41 @@ def _sampling(plan: PrivacyPlan) -> str:
 def _contribution(plan: PrivacyPlan) -> str:
     if plan.noise_multiplier == 0:
         return "No noise is added."
+    if plan.norms is not None:
+        return _estimated(plan, plan.norms)
     return (
         f"The contribution of each {plan.unit} to a step's sum has L2 norm at most "
         f"{plan.clip_norm:g} (clip norm), over all parameters together, and Gaussian noise of "
         f"standard deviation {plan.noise_multiplier * plan.clip_norm:g} per coordinate is added "
         f"(noise multiplier {plan.noise_multiplier:g})."
+    )
+
+
+def _estimated(plan: PrivacyPlan, norms: SketchedClip) -> str:
+    unit, blocks, groups = plan.unit, "", ""
+    if norms.blocks > 1:
+        blocks = f", the largest mean of {norms.blocks} blocks of {norms.probes // norms.blocks}"
+    if norms.groups > 1:
+        groups = (
+            f" The parameters are clipped in {norms.groups} groups of equal thresholds, "
+            f"{plan.clip_norm:g}/√{norms.groups}, by independent estimates."
+        )
+    probes = (
+        f"shared by all {unit}s of a step, so that how far they exceed the clip norm counts as "
+        "revealed"
+        if norms.probes_shared
+        else f"every {unit} has secret ones of its own in every step"
+    )
+    return (
+        f"The contribution of each {unit} to a step's sum is clipped to L2 norm "
+        f"{plan.clip_norm:g} (clip norm), over all parameters together, by an estimate of its norm "
+        f"from {norms.probes} Gaussian probes{blocks}: {probes}.{groups} A contribution may "
+        "therefore exceed the clip norm; by how much and how often at most, whatever the "
+        f"{unit}, is proved and counted in ε. This takes probes that are independent of the data "
+        "and of each other, drawn afresh for every attempt at a step and never used again. "
+        "Gaussian noise of standard deviation "
+        f"{plan.noise_multiplier * plan.clip_norm:g} per coordinate is added (noise multiplier "
+        f"{plan.noise_multiplier:g})."
     )
 
 

@@ -190,6 +190,7 @@ def _mechanism(plan: PrivacyPlan, noise_multiplier: float) -> SampledGaussian:
         noise_multiplier=noise_multiplier,
         sampling_probability=plan.sampling_probability,
         steps=plan.steps,
+        norms=plan.norms,
     )
 
 

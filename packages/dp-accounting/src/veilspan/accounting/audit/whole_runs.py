@@ -58,6 +58,7 @@ class WholeRunsAudit:
                 noise_multiplier=plan.noise_multiplier,
                 sampling_probability=plan.sampling_probability,
                 steps=plan.steps,
+                norms=plan.norms,
             )
         )
         return curve.least_missed(1 - self.missed_upper) > self.alarms_upper

@@ -10,6 +10,7 @@ from veilspan.accounting.engines.closed_form import (
     closed_form,
     closed_form_delta,
     distance_without_sampling,
+    estimated_norms,
     gaussian_delta,
     gaussian_epsilon,
     live_parts,
@@ -21,6 +22,7 @@ from veilspan.accounting.engines.rdp import RdpEngine
 from veilspan.accounting.mechanism import Mechanism
 
 _WITHOUT_SAMPLING = "Gaussian without sampling"
+_NO_BOUND = "no bound is proved"
 _TROUBLE = (EngineError, FloatingPointError, OverflowError)
 _Bounds = TypeVar("_Bounds", EpsilonBounds, DeltaBounds)
 
@@ -31,7 +33,8 @@ class CertifiedEngine:
 
     Guarantee:
         Never returns less than the true ε: if the discretised loss leaves the range of doubles the
-        answer is the smaller of the Rényi bound and the bound without amplification by sampling.
+        answer is the smaller of the Rényi bound and the bound without amplification by sampling, or
+        infinite where norms are estimated.
     """
 
     pld: PldEngine = field(default_factory=PldEngine)
@@ -59,7 +62,7 @@ class CertifiedEngine:
                     upper=loosest,
                     delta=delta,
                     direction="both",
-                    method=_WITHOUT_SAMPLING,
+                    method=_loosest_method(mechanism),
                 )
         return _at_most(bounds, loosest, "ε")
 
@@ -85,9 +88,13 @@ class CertifiedEngine:
                     upper=loosest,
                     epsilon=epsilon,
                     direction="both",
-                    method=_WITHOUT_SAMPLING,
+                    method=_loosest_method(mechanism),
                 )
         return _at_most(bounds, loosest, "δ")
+
+
+def _loosest_method(mechanism: Mechanism) -> str:
+    return _NO_BOUND if estimated_norms(mechanism) else _WITHOUT_SAMPLING
 
 
 def _at_most(bounds: _Bounds, upper: float, name: str) -> _Bounds:

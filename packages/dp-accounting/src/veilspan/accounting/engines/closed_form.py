@@ -41,8 +41,18 @@ def refuse_overflow(mechanism: Mechanism) -> None:
         )
 
 
+def estimated_norms(mechanism: Mechanism) -> bool:
+    """Return whether contributions of any phase may exceed their threshold."""
+    return any(part.norms is not None for part in live_parts(mechanism))
+
+
 def distance_without_sampling(parts: tuple[SampledGaussian, ...]) -> float:
-    """Return the distance of the means over the noise if every record were in every sample."""
+    """Return the distance of the means over the noise if every record were in every sample.
+
+    It is infinite where contributions may exceed their threshold.
+    """
+    if any(part.norms is not None for part in parts):
+        return math.inf
     return math.sqrt(
         sum(part.steps * (part.distance / part.noise_multiplier) ** 2 for part in parts)
     )
@@ -137,6 +147,8 @@ def gaussian_log_delta(epsilon: float, mu: float) -> float:
 
 def gaussian_delta(epsilon: float, mu: float, sign: int) -> float:
     """Return δ(ε) of one Gaussian release from above (`sign` +1) or below (-1)."""
+    if math.isinf(mu):
+        return 1.0
     moved = epsilon * (1 - sign * _MARGIN)
     # δ is the difference of two terms that nearly cancel where mu is small.
     first = math.exp(float(log_ndtr(mu / 2 - moved / mu)))
@@ -147,6 +159,8 @@ def gaussian_delta(epsilon: float, mu: float, sign: int) -> float:
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
     """Return ε at `delta` of one Gaussian release with sensitivity `mu` times its noise."""
+    if math.isinf(mu):
+        return math.inf
     target = math.log(delta)
     if gaussian_log_delta(0.0, mu) <= target:
         return 0.0

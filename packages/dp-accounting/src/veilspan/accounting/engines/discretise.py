@@ -65,17 +65,23 @@ def dominating(
 
 
 def dominated(
-    step: OneStep, direction: Literal["remove", "add"], spacing: float, largest: float
+    step: OneStep,
+    direction: Literal["remove", "add"],
+    spacing: float,
+    largest: float,
+    guide: OneStep | None = None,
 ) -> GridLoss:
     """Return a loss that the direction's dominates: every ε computed from it is a lower bound.
 
     The losses up to some `first` become one event, and the grid is aligned with the loss of that
     event: away from it, the event's whole mass would have to be rounded down. Any `first` is
-    valid; the one that loses least lies where excess and deficit happen to meet at every node.
+    valid; the one that loses least lies where excess and deficit happen to meet at every node. It
+    is searched for with `guide`, a step much like this one and cheaper, if there is one.
     """
+    guide = step if guide is None else guide
 
     def loss_given_away(first: float) -> float:
-        grid = _dominated_from(first * spacing, step, direction, spacing, largest)
+        grid = _dominated_from(first * spacing, guide, direction, spacing, largest)
         return float(np.dot(grid.mass, np.exp(-grid.loss)))
 
     best = minimize_scalar(

@@ -1,9 +1,10 @@
 """One release as a pair of distributions, cut into cells along its privacy loss.
 
-    P = (1 - q) N(0, σ²) + q N(1, σ²)   with the record        Q = N(0, σ²)   without it
+    P = (1 - q) N(0, σ²) + q N(s, σ²)   with the record        Q = N(0, σ²)   without it
 
-The loss L(x) = log P(x)/Q(x) increases with x from log(1 - q) to infinity. Positions are given
-by the excess d = L - log(1 - q) > 0, which keeps full precision where q is tiny.
+The shift s is 1, or random where norms are estimated. The loss L(x) = log P(x)/Q(x) increases with
+x from log(1 - q) to infinity. Positions are given by the excess d = L - log(1 - q) > 0, which keeps
+full precision where q is tiny.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_ndtr, ndtr, ndtri
 
 from veilspan.accounting.engines.protocol import EngineError
+from veilspan.accounting.engines.shifts import Shifts, UnitShift
 from veilspan.accounting.mechanism import SampledGaussian
 
 Array = NDArray[np.floating[Any]]
@@ -50,12 +51,19 @@ class Cells:
 
 
 class OneStep:
-    """The pair (P, Q) of one release, `0 < q < 1` and `0 < σ < ∞`."""
+    """The pair (P, Q) of one release, `0 < q < 1` and `0 < σ < ∞`.
 
-    def __init__(self, mechanism: SampledGaussian) -> None:
+    Args:
+        mechanism: The release.
+        shifts: The law of the shift; always 1 unless given.
+    """
+
+    def __init__(self, mechanism: SampledGaussian, shifts: Shifts | None = None) -> None:
         self.q = mechanism.sampling_probability
         self.sigma = mechanism.noise_multiplier
         self.bottom = math.log1p(-self.q)
+        self._shifts: Shifts = UnitShift(self.sigma) if shifts is None else shifts
+        self._cut_last: tuple[object, Cells] | None = None
 
     def loss_scale(self) -> float:
         """Return the order of magnitude of the standard deviation of the loss under Q."""
@@ -65,31 +73,34 @@ class OneStep:
     def largest_excess(self, tail: float) -> float:
         """Return an excess that the loss passes with probability at most `tail` under P.
 
+        Where the shift has no bound it is no more than a double takes; what lies beyond counts as
+        an infinite loss.
+
         Raises:
             EngineError: If the loss is too large for doubles there.
         """
         # Half the tail for each part of P; the part with the record has only a share of q.
-        x = max(
-            -self.sigma * float(ndtri(tail / 2)),
-            1 - self.sigma * float(ndtri(min(tail / (2 * self.q), 0.5))),
-        )
-        log_ratio = math.log(self.q) - self.bottom + (x - 0.5) / self.sigma**2
-        excess = float(np.logaddexp(0.0, log_ratio))
-        if excess > LARGEST_LOSS:
-            raise EngineError(f"the loss of one step reaches {excess:.3g}, beyond a double's range")
-        return excess
+        growth = self._shifts.growth_passed(tail / 2, min(tail / (2 * self.q), 0.5))
+        excess = float(np.logaddexp(0.0, math.log(self.q) - self.bottom + growth))
+        if excess <= LARGEST_LOSS:
+            return excess
+        if not self._shifts.bounded:
+            return LARGEST_LOSS
+        raise EngineError(f"the loss of one step reaches {excess:.3g}, beyond a double's range")
 
-    def position(self, excess: Array | float) -> Array:
-        """Return the x at which the loss exceeds log(1 - q) by `excess`; -inf at 0."""
+    def growth(self, excess: Array | float) -> Array:
+        """Return the growth at which the loss exceeds log(1 - q) by `excess`; -inf at 0."""
         d = np.asarray(excess, dtype=np.float64)
         with np.errstate(divide="ignore"):
             log_growth = d + np.log(-np.expm1(-d))
-        return self.sigma**2 * (self.bottom - math.log(self.q) + log_growth) + 0.5
+        return self.bottom - math.log(self.q) + log_growth
 
     def cells(self, spacing: float, largest: float) -> Cells:
         """Cut the loss at log(1 - q) + `spacing` · i, the first cell beginning at its very end."""
-        index = self._nodes(math.ceil(largest / spacing), -self.bottom, spacing)
-        return self._cut(0.0, index, spacing, first=-math.inf)
+        if self._cut_last is None or self._cut_last[0] != (spacing, largest):
+            index = self._nodes(math.ceil(largest / spacing), -self.bottom, spacing)
+            self._cut_last = (spacing, largest), self._cut(0.0, index, spacing, first=0.0)
+        return self._cut_last[1]
 
     def cells_above(
         self, first_excess: float, start: float, spacing: float, largest: float
@@ -97,19 +108,17 @@ class OneStep:
         """Cut the losses above `first_excess` at `start` + `spacing` · i, i from 1."""
         last = max(1, math.ceil((largest - start) / spacing))
         index = self._nodes(last, -self.bottom - start, spacing)
-        return self._cut(start, index, spacing, first=float(self.position(first_excess)))
+        return self._cut(start, index, spacing, first=first_excess)
 
     def below(self, excess: float) -> tuple[float, float]:
         """Return P and Q of the losses up to an excess."""
-        x = float(self.position(excess))
-        without, shifted = ndtr(x / self.sigma), ndtr((x - 1) / self.sigma)
-        return float((1 - self.q) * without + self.q * shifted), float(without)
+        without, shifted = self._shifts.below(float(self.growth(excess)))
+        return (1 - self.q) * without + self.q * shifted, without
 
     def excess_of_below(self, excess: float) -> float:
         """Return the loss of the event "loss up to an excess", as an excess over log(1 - q)."""
-        x = float(self.position(excess))
-        log_ratio = float(log_ndtr((x - 1) / self.sigma)) - float(log_ndtr(x / self.sigma))
-        return math.log1p(self.q / (1 - self.q) * math.exp(log_ratio))
+        without, shifted = self._shifts.log_below(float(self.growth(excess)))
+        return math.log1p(self.q / (1 - self.q) * math.exp(shifted - without))
 
     def _nodes(self, last: int, zero: float, spacing: float) -> NDArray[np.int64]:
         """Return node numbers from 0 to `last`, all of them near loss 0, which is at `zero`."""
@@ -123,14 +132,13 @@ class OneStep:
         d = start + spacing * index
         if d[-1] > LARGEST_LOSS + 100:
             raise EngineError(f"a grid of spacing {spacing:.3g} leaves the range of doubles")
-        x = np.concatenate([[first], self.position(d[1:])])
-        without = interval_probability(x / self.sigma)
-        shifted = interval_probability((x - 1) / self.sigma)
+        growth = self.growth(np.concatenate([[first], d[1:]]))
+        masses = self._shifts.masses(growth)
+        without, shifted = masses.without, masses.shifted
         # P - e^t Q with t = log(1 - q) + d, written without subtracting the (1 - q) Q that cancels.
         excess = self.q * shifted - (1 - self.q) * np.expm1(d[:-1]) * without
         deficit = (1 - self.q) * np.expm1(d[1:]) * without - self.q * shifted
-        z = x[-1] / self.sigma
-        tail_without, tail_shifted = float(ndtr(-z)), float(ndtr(1 / self.sigma - z))
+        tail_without, tail_shifted = masses.tail
         return Cells(
             start=start,
             index=index,
@@ -140,12 +148,6 @@ class OneStep:
             deficit=np.maximum(deficit, 0.0),
             tail=((1 - self.q) * tail_without + self.q * tail_shifted, tail_without),
         )
-
-
-def interval_probability(z: Array) -> Array:
-    """Return the standard normal probability between neighbouring points, precise in both tails."""
-    lower, upper = z[:-1], z[1:]
-    return np.where(lower < 0, ndtr(upper) - ndtr(lower), ndtr(-lower) - ndtr(-upper))
 
 
 def distances(last: int, fine: int) -> NDArray[np.int64]:

@@ -6,7 +6,12 @@ import math
 from dataclasses import dataclass
 
 from veilspan.accounting.bounds import DeltaBounds, Direction, EpsilonBounds
-from veilspan.accounting.engines.closed_form import closed_form, closed_form_delta, live_parts
+from veilspan.accounting.engines.closed_form import (
+    closed_form,
+    closed_form_delta,
+    estimated_norms,
+    live_parts,
+)
 from veilspan.accounting.engines.protocol import EngineError
 from veilspan.accounting.engines.question import COARSE, OneDirection, Question
 from veilspan.accounting.engines.rdp import RdpEngine
@@ -94,7 +99,7 @@ class PldEngine:
             return exact
         parts = live_parts(mechanism)
         best = _delta_between(0.0, 1.0, epsilon, "both")
-        if parts[0].relation == "add_remove":
+        if parts[0].relation == "add_remove" and not estimated_norms(mechanism):
             best = _tighter_delta(best, RdpEngine().delta(mechanism, epsilon))
         for fineness in _FINENESS:
             while True:  # the grid is made for a δ: ask again until it is made for about this one

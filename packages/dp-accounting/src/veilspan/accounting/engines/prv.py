@@ -21,7 +21,7 @@ from prv_accountant.privacy_random_variables import (
 from scipy.special import ndtr
 
 from veilspan.accounting.bounds import EpsilonBounds
-from veilspan.accounting.engines.closed_form import closed_form
+from veilspan.accounting.engines.closed_form import closed_form, estimated_norms
 from veilspan.accounting.engines.one_step import OneStep
 from veilspan.accounting.engines.protocol import EngineError
 from veilspan.accounting.engines.rdp import ORDERS, RdpEngine, log_moment
@@ -44,7 +44,7 @@ class AddDirection(PrivacyRandomVariable):
     def cdf(self, t: Any) -> Any:
         """Return the probability that the loss is at most `t`, elementwise."""
         excess = -np.asarray(t, dtype=np.float64) - self._step.bottom
-        x = self._step.position(np.maximum(excess, 0.0))
+        x = self._step.sigma**2 * self._step.growth(np.maximum(excess, 0.0)) + 0.5
         return np.where(excess > 0, ndtr(-x / self._step.sigma), 1.0)
 
 
@@ -81,7 +81,7 @@ class PrvEngine:
 
         Raises:
             EngineError: If prv-accountant cannot answer soundly within the domain allowed, there
-                are several phases, or the relation is not add/remove.
+                are several phases, the relation is not add/remove, or norms are estimated.
         """
         exact = closed_form(mechanism, delta)
         if exact is not None:
@@ -90,6 +90,10 @@ class PrvEngine:
             raise EngineError(
                 "prv-accountant is asked about one phase under add/remove only; use the default "
                 "engine"
+            )
+        if estimated_norms(mechanism):
+            raise EngineError(
+                "prv-accountant is asked about exact norms only; use the default engine"
             )
         error = self.relative_error * RdpEngine().epsilon(mechanism, delta).upper
         for _ in range(_ROUNDS):

@@ -10,8 +10,9 @@ from typing import Literal
 from veilspan.accounting.engines.closed_form import SMALLEST_DELTA
 from veilspan.accounting.engines.compose import Composition, WindowTooWideError
 from veilspan.accounting.engines.discretise import GridLoss, dominated, dominating
-from veilspan.accounting.engines.one_step import OneStep
+from veilspan.accounting.engines.one_step import LARGEST_LOSS, OneStep
 from veilspan.accounting.engines.protocol import EngineError
+from veilspan.accounting.engines.sketched_step import sketched_step
 from veilspan.accounting.engines.symmetric import SymmetricStep
 from veilspan.accounting.mechanism import SampledGaussian
 
@@ -22,10 +23,17 @@ COARSE = 0.03  # grid spacing in standard deviations of one step's loss
 _INFINITE = 1e-6  # share of δ that may be spent on losses beyond the grid
 # Rounding of the discretised one-step loss: a bias of its mean, which every step adds again.
 _LOSS_ROUNDING = 1e-15
+_SKETCHED_ROUNDING = 1e-13  # where positions are found by iteration
 _MARGIN = 1e-9
+_LOST = 1e-10
 _ROUGH_TRANSFORM = 1 << 14
 _COARSENINGS = 12
 _GUESSES = 2
+# Losses where norms are estimated may be rare and huge: far above ε they may count as infinite.
+_FIRST_LARGEST, _FAR_ABOVE = 100.0, 50.0
+# Atoms of the law of a contribution with an estimated norm: at the first fineness, for a first look
+# at ε, and to align the grid of a lower bound.
+_ATOMS, _ROUGH_ATOMS, _GUIDE_ATOMS = 200, 64, 32
 
 
 @dataclass(frozen=True)
@@ -37,12 +45,14 @@ class Question:
         delta: The δ at which ε is asked, or the order of magnitude of the δ that is asked.
         largest_transform: Most points of one Fourier transform.
         guesses: About where ε lies in each direction, once that is known.
+        rough: Whether few atoms will do for the law of a contribution with an estimated norm.
     """
 
     parts: tuple[SampledGaussian, ...]
     delta: float
     largest_transform: int
     guesses: dict[OneDirection, float | None] = field(default_factory=dict, compare=False)
+    rough: bool = False
 
     def epsilon(self, direction: OneDirection, bound: Bound, fineness: float) -> float:
         """Return a bound on ε from a grid of `fineness`, or one that just fits the transform."""
@@ -82,18 +92,24 @@ class Question:
 
     @property
     def _rounding(self) -> float:
-        return _LOSS_ROUNDING * self._steps
+        return (_SKETCHED_ROUNDING if self._sketched else _LOSS_ROUNDING) * self._steps
+
+    @property
+    def _sketched(self) -> bool:
+        return any(part.norms is not None for part in self.parts)
 
     def _rough(self, direction: OneDirection) -> float | None:
         """Return slightly less than ε, or nothing, from two transforms that cost very little."""
-        rough = replace(self, largest_transform=min(_ROUGH_TRANSFORM, self.largest_transform))
+        transform = min(_ROUGH_TRANSFORM, self.largest_transform)
+        rough = replace(self, largest_transform=transform, rough=True)
         guess = None
         for _ in range(2):  # the second window is narrower, so its grid is finer
             try:
                 epsilon = rough._compose(direction, "upper", COARSE, guess).upper_epsilon()
             except EngineError:
                 break
-            guess = 0.95 * epsilon if math.isfinite(epsilon) else guess
+            if math.isfinite(epsilon):
+                guess = 0.95 * epsilon if guess is None else min(guess, 0.95 * epsilon)
         return guess
 
     def _compose(
@@ -102,23 +118,47 @@ class Question:
         # Rounding the step count up lets neighbouring questions share the one-step loss.
         tail = _INFINITE * self.delta / (1 << self._steps.bit_length())
         spacing = fineness * self._loss_scale()
+        law = _Law(
+            atoms=_ROUGH_ATOMS if self.rough else math.ceil(_ATOMS * COARSE / fineness),
+            largest=self._largest_loss(guess),
+        )
+        # Far more than atoms for the law of a contribution may lose; see `norm_law`.
+        lost = self.delta * _LOST if self._sketched else 0.0
+        delta = self.delta - lost if bound == "upper" else self.delta + lost
         for _ in range(_COARSENINGS):
             grids = [
-                (_grid(replace(part, steps=1), (direction, bound), spacing, tail), part.steps)
+                (
+                    _grid(replace(part, steps=1), (direction, bound), (spacing, tail), law),
+                    part.steps,
+                )
                 for part in self.parts
             ]
             try:
                 return Composition(
-                    grids, self.delta, largest_transform=self.largest_transform, guess=guess
+                    grids, delta, largest_transform=self.largest_transform, guess=guess
                 )
             except WindowTooWideError as error:
                 spacing = error.spacing
         raise EngineError(f"no grid of {self.largest_transform} points holds {self.parts}")
 
+    def _largest_loss(self, guess: float | None) -> float:
+        """Return a loss so far above ε that larger ones may count as infinite."""
+        if guess is None:
+            return _FIRST_LARGEST if self.rough else LARGEST_LOSS
+        return min(2 * guess + _FAR_ABOVE, LARGEST_LOSS)
+
     def _loss_scale(self) -> float:
         """Return the standard deviation of one step's loss, on average over the phases."""
         total = sum(part.steps * _step(part).loss_scale() ** 2 for part in self.parts)
         return math.sqrt(total / self._steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Law:
+    """How finely the law of a contribution with an estimated norm is treated."""
+
+    atoms: int
+    largest: float
 
 
 def _step(part: SampledGaussian) -> OneStep | SymmetricStep:
@@ -132,9 +172,20 @@ def _step(part: SampledGaussian) -> OneStep | SymmetricStep:
 
 @lru_cache(maxsize=64)  # the number of steps does not divide the cache: `one` has one step
 def _grid(
-    one: SampledGaussian, kind: tuple[OneDirection, Bound], spacing: float, tail: float
+    one: SampledGaussian,
+    kind: tuple[OneDirection, Bound],
+    size: tuple[float, float],
+    law: _Law,
 ) -> GridLoss:
-    step, (direction, bound) = _step(one), kind
+    (direction, bound), (spacing, tail) = kind, size
+    if one.norms is not None:
+        step = sketched_step(one, bound, law.atoms, tail)
+        largest = min(step.largest_excess(tail), law.largest)
+        if bound == "upper":
+            return dominating(step, direction, spacing, largest)
+        guide = sketched_step(one, bound, _GUIDE_ATOMS, tail)
+        return dominated(step, direction, spacing, largest, guide)
+    step = _step(one)
     if isinstance(step, SymmetricStep):
         build = step.dominating if bound == "upper" else step.dominated
         return build(spacing, tail)

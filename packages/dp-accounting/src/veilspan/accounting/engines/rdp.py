@@ -14,6 +14,7 @@ from veilspan.accounting.engines.closed_form import (
     SMALLEST_DELTA,
     closed_form,
     closed_form_delta,
+    estimated_norms,
     live_parts,
 )
 from veilspan.accounting.engines.protocol import EngineError
@@ -31,7 +32,7 @@ class RdpEngine:
     """Bound ε by the best integer order of the Rényi divergence; the lower bound is 0.
 
     Guarantee:
-        For add/remove only. The moment of the remove direction is at least that of the add
+        For add/remove and exact norms only. The moment of the remove direction is at least that of the add
         direction (Mironov, Talwar, Zhang 2019, https://arxiv.org/abs/1908.10530, Theorem 5), so one
         number covers both.
         Converted by Canonne, Kamath, Steinke (2020), https://arxiv.org/abs/2004.00010, Prop. 12.
@@ -41,7 +42,7 @@ class RdpEngine:
         """Return `0 ≤ ε ≤ upper` at `delta`.
 
         Raises:
-            EngineError: If the relation is not add/remove.
+            EngineError: If the relation is not add/remove, or norms are estimated.
         """
         exact = closed_form(mechanism, delta)
         if exact is not None:
@@ -61,7 +62,7 @@ class RdpEngine:
         """Return `0 ≤ δ ≤ upper` at `epsilon`.
 
         Raises:
-            EngineError: If the relation is not add/remove.
+            EngineError: If the relation is not add/remove, or norms are estimated.
         """
         exact = closed_form_delta(mechanism, epsilon)
         if exact is not None:
@@ -83,6 +84,8 @@ def _terms(mechanism: Mechanism) -> list[tuple[int, float]]:
     parts = live_parts(mechanism)
     if any(part.relation != "add_remove" for part in parts):
         raise EngineError("moments are known for add/remove only; use the default engine")
+    if estimated_norms(mechanism):
+        raise EngineError("moments are known for exact norms only; use the default engine")
     return [
         (order, sum(part.steps * log_moment(order, part) for part in parts) / (order - 1))
         for order in map(int, ORDERS)

@@ -21,9 +21,9 @@ from veilspan.accounting.engines.one_step import (
     Array,
     Cells,
     distances,
-    interval_probability,
 )
 from veilspan.accounting.engines.protocol import EngineError
+from veilspan.accounting.engines.shifts import interval_probability
 
 _LARGE_LOG = 30.0  # beyond e^30 the inverse hyperbolic sine is a logarithm to all digits
 

@@ -1,0 +1,142 @@
+"""The law of a contribution whose norm was estimated, as few atoms that bound it from either side.
+
+Moving mass to a larger size gives a pair that dominates, moving it to a smaller one a pair that is
+dominated. That alone costs the width of a cell. Within a cell [a, b] of width Δ much less does:
+
+- upper: mass is split between the ends so that its mean is kept, and the ends are moved up by τ;
+- lower: mass is put at its mean, moved down by τ.
+
+The divergences are suprema over c of means of g(s) = Φ((s - c)/σ), of the hidden size and, for each
+revealed size, with the best c. Where z = (s - c)/σ ≤ Z in the cell, g'' ≥ -Z g'/σ, and g' changes by
+at most a factor e^(Zw) over the width w = (Δ + τ)/σ. The split loses at most Δ²/8 · sup(-g'') and
+the move by τ gains at least τ · inf g', so `τ = Δ² Z/(8σ) · e^(2ZΔ/σ) ≤ Δ` is enough. Where z > Z
+at least Φ(Z - w) of the mass is on one side anyway, so at most κ = Φ(w - Z) is lost; then c < 0, if
+the cell ends below Zσ. There Q(x > c) ≥ 1/2 at a ratio of at least 1 - q, so that taking a share of
+2qκ/(1 - q) from Q makes up for it: far less than what is given away for rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtri
+
+from veilspan.accounting.engines.grouped import Array, Bound, grouped_survival
+from veilspan.accounting.sketched import SketchedClip
+
+_POINTS = 1 << 15  # of the survival function
+# Cells are narrow where these powers of the density are large: the tail decides small δ.
+_POWERS = (0.25, 0.1)
+_NEGLIGIBLE = 1e-40  # mass of an atom that may as well count as beyond all atoms
+_WIDEST = 0.2  # w of a cell that is treated in this way, at most
+_LOST = 1e-9  # κ against the tail
+
+
+@dataclass(frozen=True, eq=False)
+class Atoms:
+    """A discrete law of contributions in units of the threshold.
+
+    Args:
+        size: Sizes, increasing.
+        weight: Probability of each.
+        beyond: Probability of a size beyond all of them, to be taken for infinite.
+    """
+
+    size: Array
+    weight: Array
+    beyond: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What atoms have to be fine against.
+
+    Args:
+        sigma: The noise's standard deviation σ.
+        largest: No atom need be larger: what is, may count as infinite.
+        tail: Nor need one be that is exceeded with less than this probability.
+    """
+
+    sigma: float
+    largest: float
+    tail: float
+
+
+def find_atoms(norms: SketchedClip, bound: Bound, *, count: int, scale: Scale) -> Atoms:
+    """Return about `count` atoms whose pair bounds that of the contribution.
+
+    Args:
+        norms: How norms were estimated.
+        bound: From above ("upper") or below ("lower").
+        count: Number of atoms, about.
+        scale: What they have to be fine against.
+
+    Guarantee:
+        As in the module, after the mass between two neighbours of 32,768 sizes was moved to one.
+    """
+    size, survival = _survival(norms, bound, scale)
+    ends = _choose(size, survival, count)
+    mass = -np.diff(survival)
+    # In a fine cell all mass lies at one end.
+    moment = mass * (size[1:] if bound == "upper" else size[:-1])
+    total, moment = (np.add.reduceat(values, ends[:-1]) for values in (mass, moment))
+    low, high = size[ends[:-1]], size[ends[1:]]
+    up = np.clip((moment - low * total) / (high - low), 0.0, total)  # mass · (mean - a)/Δ
+    move, small = _move(low, high, scale)
+    at_one = 1 - float(survival[0])
+    if bound == "lower":
+        middle = np.where(small, low + (high - low) * up / np.maximum(total, 1e-300) - move, low)
+        return _sorted(np.append(middle, [1.0, high[-1]]), [total, at_one, survival[-1]], 0.0)
+    up = np.where(small, up, total)
+    node = np.append(low, high[-1])
+    node = node + np.maximum(np.append(move, 0.0), np.append(0.0, move))
+    weight = np.append(total - up, 0.0) + np.append(0.0, up)
+    return _sorted(np.append(node, 1.0), [weight, at_one], float(survival[-1]))
+
+
+def _sorted(size: Array, weights: list[Array | float], beyond: float) -> Atoms:
+    weight = np.concatenate([np.atleast_1d(values) for values in weights])
+    order = np.argsort(size, kind="stable")
+    size, weight = size[order], weight[order]
+    kept = weight > _NEGLIGIBLE
+    return Atoms(size=size[kept], weight=weight[kept], beyond=beyond + float(weight[~kept].sum()))
+
+
+def _move(low: Array, high: Array, scale: Scale) -> tuple[Array, NDArray[np.bool_]]:
+    """Return τ of each cell, and whether it is small enough to be worth it; 0 where it is not."""
+    most = -float(ndtri(_LOST * scale.tail)) + 2 * _WIDEST  # Z
+    width = high - low
+    with np.errstate(over="ignore"):
+        move = most / 8 / scale.sigma * np.square(width) * np.exp(2 * most * width / scale.sigma)
+    small = (move < width / 2) & (width < _WIDEST * scale.sigma / 2)
+    small &= high + width < most * scale.sigma
+    return np.where(small, move, 0.0), small
+
+
+def _survival(norms: SketchedClip, bound: Bound, scale: Scale) -> tuple[Array, Array]:
+    """Return sizes from 1 on, and a bound on the chance that the contribution exceeds each."""
+    if norms.groups > 1:
+        size, survival = grouped_survival(norms, bound)
+        wanted = (survival > scale.tail) & (size < scale.largest)
+        last = max(int(np.count_nonzero(wanted)), 1)
+        return size[: last + 1], survival[: last + 1]
+    size = 1 + np.geomspace(1e-3, max(scale.largest - 1, 1e-2), 400)
+    enough = np.flatnonzero(norms.exceeds(size) <= scale.tail)
+    last_size = float(size[enough[0]] if len(enough) else size[-1])
+    size = 1 + (last_size - 1) * np.linspace(0, 1, _POINTS) ** 2
+    return size, norms.exceeds(size)
+
+
+def _choose(size: Array, survival: Array, count: int) -> NDArray[np.int64]:
+    """Return indices of the sizes that become ends of cells, the first and the last among them."""
+    width, mass = np.diff(size), -np.diff(survival)
+    density = np.maximum(mass, 1e-300) / width
+    share = np.zeros(len(width))
+    for power in _POWERS:
+        part = density**power * width
+        share += part / part.sum()
+    share = np.concatenate([[0.0], np.cumsum(share)]) / len(_POWERS)
+    chosen = np.searchsorted(share, np.linspace(0, share[-1], count + 1))
+    return np.unique(np.minimum(chosen, len(size) - 1))
