@@ -4,6 +4,8 @@ X = e + Σ λ_i G_i with independent gamma variables G_i of shape a_i and mean 1
 Bromwich's integral along a parabola through the saddle point, to about 12 digits, relatively.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,7 +20,10 @@ GRID = np.linspace(-8.0, 8.0, 1201)
 
 
 def bromwich(x, theta, shapes, power):
-    """Return 1/2πi ∫ s^power e^{sx} Π (1 + θ s)^{-shape} ds: -1 the CDF at x, 0 density, 1 slope."""
+    """Return ∫ s^power e^{sx} Π (1 + θ s)^{-shape} ds / 2πi.
+
+    Powers of -1, 0 and 1 give the CDF at x, the density and its slope.
+    """
     theta, shapes = np.asarray(theta, float), np.broadcast_to(shapes, np.shape(theta))
 
     def slope(log_c):
@@ -187,7 +192,7 @@ def test_theorem_8_ends_at_the_mean(probes, spectrum):
 @pytest.mark.parametrize("x", [0.1, 0.5, 0.9, 1.0])
 def test_corollary_9a_more_probes_have_a_lighter_tail(x):
     bounds = [one_weight(x, probes) for probes in range(1, 200)]
-    assert all(later < earlier for earlier, later in zip(bounds, bounds[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(bounds))
 
 
 @settings(max_examples=40, deadline=None)

@@ -26,9 +26,7 @@ def by_integration(norms, chances, sigma, gamma):
     """Return both hockey sticks of (mixture of N(norm, σ²), N(0, σ²)) from their definition."""
     x = np.linspace(-10 * sigma, norms.max() + 10 * sigma, 40001)
     base = np.exp(-0.5 * (x / sigma) ** 2)
-    mixed = sum(
-        p * np.exp(-0.5 * ((x - s) / sigma) ** 2) for s, p in zip(norms, chances, strict=True)
-    )
+    mixed = chances @ np.exp(-0.5 * ((x - norms[:, None]) / sigma) ** 2)
     unit = (x[1] - x[0]) / (sigma * np.sqrt(2 * np.pi))
     parts = mixed - gamma * base, base - gamma * mixed
     return np.array([np.maximum(part, 0).sum() * unit for part in parts])
@@ -153,14 +151,6 @@ def test_theorem_14_two_groups_are_bounded_by_the_norm_of_both(probes):
     assert tight > 1e-4
 
 
-def test_theorem_10_the_envelope_is_the_law_that_the_package_claims():
-    for claim in (SketchedClip(probes=8), SketchedClip(probes=64, blocks=4)):
-        norms, chances = envelope_atoms(claim)
-        for s in (0.0, 0.9, 1.0, 1.1, 1.5, 2.0):
-            atoms = chances[norms > s].sum()
-            assert atoms == pytest.approx(float(claim.exceeds(s)), rel=0.02, abs=1e-15)
-
-
 def contributions(matrix, claim, rule, n, rng):
     """Return norms of n contributions of one gradient, C = 1, as a clipper would make them."""
     norm, k, b = np.linalg.norm(matrix), claim.probes, claim.blocks
@@ -191,7 +181,7 @@ def test_theorems_10_and_11_hold_for_drawn_contributions(spectrum, claim, rule):
         for gamma in (0.5, 1.0, 2.0):
             real = by_half_lines(*sampled(measured, np.full(n, 1 / n), q), sigma, gamma)
             bound = by_half_lines(*sampled(norms, chances, q), sigma, gamma)
-            assert (real <= bound + q * margin * [1, gamma]).all()
+            assert (real <= bound + q * margin * np.array([1, gamma])).all()
 
 
 def revealed(norms, chances, q, sigma, gamma):
@@ -292,7 +282,7 @@ def test_section_12_signs_lose_a_gradient_on_two_coordinates(probes):
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.5])
 @pytest.mark.parametrize("power", [0.5, 1.0])
 def test_theorem_17_hutch_pp_with_its_own_sketch(probes, share, power):
-    """One sketch vector in the plane: given its angle, all laws are known, and radii independent."""
+    """One sketch vector in the plane: given its angle, all laws are known."""
     angle = (np.arange(20000) + 0.5) * (2 * np.pi / 20000)
     weights = np.array([1 - share, share])[:, None]
     circle = np.array([np.cos(angle), np.sin(angle)])
