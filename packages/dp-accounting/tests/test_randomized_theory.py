@@ -134,7 +134,7 @@ def test_lemma_1_is_exact_along_one_direction():
 
 
 @pytest.mark.parametrize("probes", [4, 16])
-def test_theorem_14_two_groups_are_bounded_by_the_norm_of_both(probes):
+def test_theorem_16_two_groups_are_bounded_by_the_norm_of_both(probes):
     """Groups with independent estimates: S² = C₁² S₁² + C₂² S₂², a scalar, for the plane."""
     norms, chances = envelope_atoms(SketchedClip(probes=probes), n=9)
     norms = np.minimum(norms, 6.0)
@@ -224,7 +224,7 @@ def stick(first, second, gamma):
 
 @settings(max_examples=50, deadline=None)
 @given(rng=discrete)
-def test_lemma_15_dominating_pairs_compose_although_the_second_step_adapts(rng):
+def test_lemma_14_dominating_pairs_compose_although_the_second_step_adapts(rng):
     pairs = rng.dirichlet(np.ones(3), size=(2, 2))
     first = pairs[0] @ rng.dirichlet(np.ones(4), size=3)  # dominated, as it is made from the pair
     seconds = [pairs[1] @ rng.dirichlet(np.ones(4), size=3) for _ in range(4)]
@@ -232,6 +232,14 @@ def test_lemma_15_dominating_pairs_compose_although_the_second_step_adapts(rng):
     product = [np.outer(pairs[0][w], pairs[1][w]).ravel() for w in (0, 1)]
     for gamma in GAMMAS:
         assert stick(*joint, gamma) <= stick(*product, gamma) + 1e-12
+
+
+@pytest.mark.parametrize("probes", [1, 4, 64])
+def test_section_8_a_later_gradient_can_hide_from_old_probes(probes):
+    old = np.random.default_rng(3).standard_normal((probes, probes + 1))
+    gradient = np.linalg.svd(old)[2][-1]  # orthogonal to all of them
+    assert np.square(old @ gradient).mean() < 1e-25
+    assert np.linalg.norm(gradient) == pytest.approx(1.0)
 
 
 def squared(matrix):
