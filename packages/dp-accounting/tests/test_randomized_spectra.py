@@ -5,6 +5,7 @@ Bromwich's integral along a parabola through the saddle point, to about 12 digit
 """
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,8 @@ def bromwich(x, theta, shapes, power):
         c = np.exp(log_c)
         return x - (shapes * theta / (1 + c * theta)).sum() - 1 / c
 
-    c = np.exp(brentq(slope, -60.0, 60.0))
+    root: Any = brentq(slope, -60.0, 60.0)
+    c = np.exp(root)
     curvature = (shapes * (theta / (1 + c * theta)) ** 2).sum() + c**-2
     width = 1.2 / np.sqrt(curvature)
     y, dy = width * np.sinh(GRID), width * np.cosh(GRID) * (GRID[1] - GRID[0])
@@ -122,13 +124,13 @@ def test_lemmas_5_and_6_one_mode_close_below_the_mean(theta, data):
     assert signs[0] == 1
     assert signs[-1] == -1
     assert np.count_nonzero(np.diff(signs)) == 1
-    mode = brentq(slope, *ends, xtol=1e-12)
+    mode: Any = brentq(slope, ends[0], ends[1], xtol=1e-12)
     assert theta.min() - 1e-8 <= mean - mode <= theta.max() + 1e-8
 
 
 def test_lemma_6_is_exact_for_equal_scales():
     for a in (2.5, 4.0, 9.0):
-        mode = brentq(lambda y, a=a: bromwich(y, [0.3], a, 1), 0.05, 0.3 * a)
+        mode: Any = brentq(lambda y, a=a: bromwich(y, [0.3], a, 1), 0.05, 0.3 * a)
         assert 0.3 * a - mode == pytest.approx(0.3, rel=1e-8)
 
 

@@ -4,6 +4,7 @@ Section 4, the tail of the estimate, is in test_randomized_spectra.py.
 """
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,10 +41,11 @@ def by_half_lines(norms, chances, sigma, gamma):
             exponents = (c * norms - norms**2 / 2) / sigma**2 + np.log(np.maximum(chances, 1e-300))
             return np.logaddexp.reduce(exponents) - np.log(level)
 
-        ends = -60 * sigma, 60 * sigma + norms.max()
-        if excess(ends[0]) >= 0:
+        low, high = -60 * sigma, 60 * sigma + norms.max()
+        if excess(low) >= 0:
             return -np.inf
-        return np.inf if excess(ends[1]) <= 0 else brentq(excess, *ends, xtol=1e-13)
+        root: Any = brentq(excess, low, high, xtol=1e-13) if excess(high) > 0 else np.inf
+        return root
 
     up = -np.inf if gamma == 0 else crossing(gamma)
     down = np.inf if gamma == 0 else crossing(1 / gamma)
@@ -228,10 +230,12 @@ def test_lemma_14_dominating_pairs_compose_although_the_second_step_adapts(rng):
     pairs = rng.dirichlet(np.ones(3), size=(2, 2))
     first = pairs[0] @ rng.dirichlet(np.ones(4), size=3)  # dominated, as it is made from the pair
     seconds = [pairs[1] @ rng.dirichlet(np.ones(4), size=3) for _ in range(4)]
-    joint = [np.concatenate([first[w][o] * seconds[o][w] for o in range(4)]) for w in (0, 1)]
-    product = [np.outer(pairs[0][w], pairs[1][w]).ravel() for w in (0, 1)]
+    with_it, without = (
+        np.concatenate([first[w][o] * seconds[o][w] for o in range(4)]) for w in (0, 1)
+    )
+    best_with, best_without = (np.outer(pairs[0][w], pairs[1][w]).ravel() for w in (0, 1))
     for gamma in GAMMAS:
-        assert stick(*joint, gamma) <= stick(*product, gamma) + 1e-12
+        assert stick(with_it, without, gamma) <= stick(best_with, best_without, gamma) + 1e-12
 
 
 @pytest.mark.parametrize("probes", [1, 4, 64])
