@@ -13,7 +13,7 @@ import veilspan.accounting
 import veilspan.accounting.audit
 import veilspan.accounting.engines
 from veilspan.accounting import bounds, ledger, mechanism, phases, plan, tradeoff
-from veilspan.accounting.audit import one_run, white_box, whole_runs
+from veilspan.accounting.audit import norm_ratios, one_run, white_box, whole_runs
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
@@ -45,7 +45,18 @@ def test_import_needs_neither_torch_nor_a_plotting_library():
 
 @pytest.mark.parametrize(
     "module",
-    [bounds, ledger, mechanism, one_run, phases, plan, tradeoff, white_box, whole_runs],
+    [
+        bounds,
+        ledger,
+        mechanism,
+        norm_ratios,
+        one_run,
+        phases,
+        plan,
+        tradeoff,
+        white_box,
+        whole_runs,
+    ],
 )
 def test_examples_in_docstrings_print_what_they_say(module):
     result = doctest.testmod(module)
