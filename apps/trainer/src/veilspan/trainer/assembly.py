@@ -21,6 +21,7 @@ from veilspan.core import (
     PerParameter,
     PhiloxNoise,
     PrivateStep,
+    Sketch,
     new_key,
 )
 from veilspan.core.support import Report, preflight
@@ -182,13 +183,14 @@ def check(parts: Parts, step: PrivateStep, clock: Throughput) -> Report:
 def _mechanism(parts: Parts) -> dict[str, Any]:
     """Return what the recipe says of the mechanism, as arguments of `PrivateStep`."""
     privacy, plan, compute = parts.recipe.privacy, parts.plan, parts.recipe.compute
+    law = plan.norms
     rule = Clip() if privacy.clipping == "clip" else Automatic(gamma=privacy.gamma)
     return {
         "clipping": GROUPS[privacy.groups](clip_norm=plan.clip_norm, rule=rule),
         "noise_multiplier": plan.noise_multiplier,
         "expected_batch_size": plan.expected_batch_size,
         "backward": compute.backward,
-        "norms": compute.norms,
+        "norms": Sketch(probes=law.probes, blocks=law.blocks) if law else compute.norms,
         "accumulate": privacy.sums,
     }
 

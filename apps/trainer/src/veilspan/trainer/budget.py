@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from veilspan.accounting import PrivacyPlan
+from veilspan.accounting import PrivacyPlan, SketchedClip
 from veilspan.trainer.errors import RecipeError
 from veilspan.trainer.recipe import Recipe
 from veilspan.trainer.sections import Privacy
@@ -24,16 +24,22 @@ def privacy_plan(recipe: Recipe, num_records: int) -> PrivacyPlan:
         Sampling probability and expected batch size are functions of the recipe and N alone,
         never of a batch that was drawn.
     """
-    return plan_of(recipe.privacy, num_records, unit=recipe.data.unit)
+    law, privacy = None, recipe.privacy
+    if privacy.norm_probes is not None:
+        law = SketchedClip(probes=privacy.norm_probes, blocks=privacy.norm_blocks)
+    return plan_of(privacy, num_records, unit=recipe.data.unit, norms=law)
 
 
-def plan_of(privacy: Privacy, num_records: int, *, unit: str) -> PrivacyPlan:
+def plan_of(
+    privacy: Privacy, num_records: int, *, unit: str, norms: SketchedClip | None
+) -> PrivacyPlan:
     """Return the plan of a privacy section alone; errors and guarantee as in `privacy_plan`.
 
     Args:
         privacy: The section.
         num_records: Number N of protected units, treated as public.
         unit: What one of them is, in the singular.
+        norms: The law of estimated norms; None where they are exact.
     """
     probability = _sampling_probability(privacy, num_records)
     settings = {
@@ -44,7 +50,13 @@ def plan_of(privacy: Privacy, num_records: int, *, unit: str) -> PrivacyPlan:
         "expected_batch_size": probability * num_records,
         "unit": unit,
         "noise_stream": _STREAMS[privacy.noise],
+        "norms": norms,
     }
+    if norms is not None and probability == 1:
+        raise RecipeError(
+            "The sampling probability is 1, for which estimated norms have no certified ε. Draw "
+            "smaller batches, or use exact norms (no privacy.norm_probes)."
+        )
     if privacy.noise_multiplier is not None:
         return PrivacyPlan(noise_multiplier=privacy.noise_multiplier, **settings)
     assert privacy.target_epsilon is not None  # Privacy refuses neither of the two

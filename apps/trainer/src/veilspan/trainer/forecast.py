@@ -132,7 +132,7 @@ def _chosen(recipe: Recipe, plan: PrivacyPlan, cost: ModelCost) -> Microbatch:
     """Ask the cost model about a model that is not there; the run asks it about the real one."""
     device = _device(recipe)
     rates = DeviceRates.of(device)
-    seconds = norm_cost(recipe.compute.norms, rates)
+    seconds = norm_cost(recipe.compute.norms, rates, probes=recipe.privacy.norm_probes or 0)
 
     def fastest(length: int, most: int) -> int:
         return best_microbatch(length, most, _shape(recipe, cost), rates, seconds)
@@ -151,6 +151,7 @@ def _shape(recipe: Recipe, cost: ModelCost) -> ModelShape:
         features=max(*features, sum(features) // groups),
         layered=recipe.privacy.groups in ("layer", "parameter"),
         frozen=cost.parameters - cost.trainable,
+        estimated=recipe.privacy.norm_probes is not None,
     )
 
 

@@ -88,13 +88,14 @@ def _run_rows(
 
 def _privacy_rows(parts: Parts) -> list[tuple[str, str]]:
     plan, privacy = parts.plan, parts.recipe.privacy
+    estimated = "" if plan.norms is None else f", norms from {plan.norms.probes} probes"
     shared = "" if privacy.groups == "flat" else f", shared out per {privacy.groups}"
     return [
         ("guarantee", f"{plan.epsilon()} after {plan.steps:,} steps, per {plan.unit}"),
         ("noise", f"multiplier {plan.noise_multiplier:.4f}, stream {plan.noise_stream}"),
         ("sampling", f"Poisson, probability {plan.sampling_probability:.4g} per step"),
         ("batch", f"{plan.expected_batch_size:.4g} expected units"),
-        ("clipping", f"norm {plan.clip_norm:g} ({privacy.clipping}{shared})"),
+        ("clipping", f"norm {plan.clip_norm:g} ({privacy.clipping}{shared}){estimated}"),
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,8 +15,16 @@ from pydantic import ValidationError
 from torch import nn
 from torch.utils.data import default_collate
 
-from veilspan.accounting import Ledger, PrivacyPlan
-from veilspan.core import Flat, GaussianNoise, PhiloxNoise, PrivateStep, new_key, poisson_batches
+from veilspan.accounting import Ledger, PrivacyPlan, SketchedClip
+from veilspan.core import (
+    Flat,
+    GaussianNoise,
+    PhiloxNoise,
+    PrivateStep,
+    Sketch,
+    new_key,
+    poisson_batches,
+)
 from veilspan.core.groups import Clipping
 from veilspan.core.rates import free_bytes
 from veilspan.core.streams import check_count
@@ -129,7 +138,8 @@ def make_private(  # noqa: PLR0913 - each is one number of the plan or one part 
         "clip_norm": clipping.clip_norm,
         "noise": "philox" if isinstance(noise, PhiloxNoise) else "aes",
     }
-    plan = _plan(numbers, epochs, len(dataset), unit)
+    law = _law(model, clipping, options.get("norms"))
+    plan = _plan(numbers, epochs, len(dataset), unit, law)
     key = new_key() if key is None else key
     poisson_batches(len(dataset), plan.sampling_probability, plan.steps, key=key)  # refuses a key
     assert plan.expected_batch_size is not None  # budget.plan_of always sets it
@@ -190,8 +200,20 @@ def _check_parts(
         )
 
 
+def _law(model: nn.Module, clipping: Clipping, norms: object) -> SketchedClip | None:
+    """Return the law of estimated norms that the plan must count; None where they are exact."""
+    if not isinstance(norms, Sketch):
+        return None
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    return SketchedClip(**asdict(norms.law(clipping, clipping.resolve(sizes))))
+
+
 def _plan(
-    numbers: Mapping[str, Any], epochs: float | None, num_records: int, unit: str
+    numbers: Mapping[str, Any],
+    epochs: float | None,
+    num_records: int,
+    unit: str,
+    law: SketchedClip | None,
 ) -> PrivacyPlan:
     if (numbers["steps"] is None) == (epochs is None):
         raise TrainerError("give exactly one of steps and epochs to make_private.")
@@ -204,7 +226,7 @@ def _plan(
         steps = math.ceil(round(epochs * num_records / batch, 6))  # 49 / (1 / 49 * 49) is above 49
         privacy = privacy.model_copy(update={"steps": max(1, steps)})
     try:
-        return plan_of(privacy, num_records, unit=unit)
+        return plan_of(privacy, num_records, unit=unit, norms=law)
     except RecipeError as error:
         raise TrainerError(str(error).replace("privacy.", "")) from error
 

@@ -45,6 +45,7 @@ class Recipe(Section):
         self._check_context()
         self._check_shard()
         self._check_groups()
+        self._check_norms()
         if self.optimizer.warmup_steps > self.privacy.steps:
             raise ValueError(
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, more than "
@@ -106,6 +107,22 @@ class Recipe(Section):
                 'clipped on its own only where privacy.groups is "layer" or "parameter". Set it, '
                 'or compute.backward = "auto"'
             )
+
+    def _check_norms(self) -> None:
+        if self.privacy.norm_probes is None:
+            return
+        for name, value, allowed in (
+            ("privacy.groups", self.privacy.groups, ("flat",)),
+            ("compute.norms", self.compute.norms, ("auto",)),
+            ("compute.backward", self.compute.backward, ("auto", "two_pass", "bookkeeping")),
+            ("parallel.context", self.parallel.context, (1,)),
+        ):
+            if value not in allowed:
+                choices = " or ".join(f'"{a}"' if isinstance(a, str) else str(a) for a in allowed)
+                raise ValueError(
+                    f"{name} is {value!r}, but privacy.norm_probes is set; estimated norms need "
+                    f"{choices}. Set it, or remove privacy.norm_probes for exact norms"
+                )
 
     @property
     def shards(self) -> int:

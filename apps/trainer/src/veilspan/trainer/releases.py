@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Literal, Protocol
 
-from veilspan.accounting import BudgetExceeded, Ledger
+from veilspan.accounting import BudgetExceeded, Ledger, LedgerError, PrivacyPlan, SketchedClip
 from veilspan.core import Release
 from veilspan.trainer.processes import Processes
 
@@ -53,12 +54,13 @@ class ReleaseGate:
         """Record one release.
 
         Raises:
-            LedgerError: If it cannot be recorded.
+            LedgerError: If it cannot be recorded, or is not what the plan counts.
             BudgetExceeded: If the budget does not allow it.
         """
         self._observer.at("before_ledger", release.step)
         with self._processes.together():
             if self._ledger is not None:
+                _require_covered(release, self._ledger.plan)
                 attempt = self._ledger.next_attempt(release.step)
                 self._ledger.append(step=release.step, attempt=attempt)
         self._observer.at("after_ledger", release.step)
@@ -72,6 +74,25 @@ class ReleaseGate:
         with self._processes.together():
             if self._ledger is not None:
                 _require_budget(self._ledger)
+
+
+def _require_covered(release: Release, plan: PrivacyPlan) -> None:
+    """Refuse a release that costs more than the plan counts for it.
+
+    Raises:
+        LedgerError: Naming what differs.
+    """
+    law = None if release.norms is None else SketchedClip(**asdict(release.norms))
+    if law is not None and law != plan.norms:
+        raise LedgerError(
+            f"The step takes norms by {law}, but the plan counts {plan.norms or 'exact norms'}. "
+            "Build the plan with norms= of the step."
+        )
+    if release.noise_multiplier < plan.noise_multiplier:
+        raise LedgerError(
+            f"The step adds noise of multiplier {release.noise_multiplier}, but the plan counts "
+            f"{plan.noise_multiplier}. Build both from one plan."
+        )
 
 
 def _require_budget(ledger: Ledger) -> None:

@@ -240,6 +240,8 @@ def _mechanism_rows(account: Account, recipe: Recipe, info: RunInfo) -> list[tup
     rule = "scaled down to it" if recipe.privacy.clipping == "clip" else "normalised to it"
     if recipe.privacy.groups != "flat":
         rule += f"; shared out equally, one threshold per {recipe.privacy.groups}"
+    if plan.norms is not None:
+        rule += f"; norms estimated from {plan.norms.probes} probes, which the noise accounts for"
     return [
         ("Sampling", f"q = {q:.6g}", f"each {plan.unit} joins each step independently (Poisson)"),
         ("Expected batch", f"{plan.expected_batch_size:g}", "public divisor of every sum"),

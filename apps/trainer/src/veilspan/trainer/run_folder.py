@@ -161,6 +161,8 @@ def recipe_digest(recipe: Recipe) -> str:
     """
     settings: dict[str, Any] = recipe.model_dump(mode="json", exclude={"parallel", "compute"})
     settings["privacy"].pop("key_file")
+    if recipe.privacy.norm_probes is None:  # digests of runs with exact norms do not change
+        del settings["privacy"]["norm_probes"], settings["privacy"]["norm_blocks"]
     settings["run"] = {"seed": recipe.run.seed}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

@@ -166,6 +166,17 @@ class Privacy(Section):
         default="fp32",
         description="exact: clipped gradients are added as integers, without rounding.",
     )
+    norm_probes: int | None = Field(
+        default=None,
+        ge=1,
+        description="Gaussian probes that estimate the norms of large weights; without it norms "
+        "are exact. Long sequences take less time, and the noise is raised for the estimates.",
+    )
+    norm_blocks: int = Field(
+        default=4,
+        ge=1,
+        description="The estimate is the largest of this many means; divides norm_probes.",
+    )
     noise: Literal["aes", "philox"] = Field(
         default="aes",
         description="aes: cryptographically strong noise. philox: not cryptographic; the privacy "
@@ -190,6 +201,11 @@ class Privacy(Section):
             raise ValueError("give exactly one of target_epsilon and noise_multiplier")
         if (self.sampling_probability is None) == (self.expected_batch_size is None):
             raise ValueError("give exactly one of sampling_probability and expected_batch_size")
+        if self.norm_probes is not None and self.norm_probes % self.norm_blocks:
+            raise ValueError(
+                f"norm_blocks is {self.norm_blocks} and norm_probes is {self.norm_probes}; "
+                "norm_blocks must divide norm_probes, as 4 divides 64"
+            )
         return self
 
 
