@@ -210,9 +210,8 @@ def test_theorem_12_a_revealed_norm_loses_more_than_a_hidden_one():
     assert hidden[0] == pytest.approx(3.4e-5, rel=0.03)
     assert shared[0] == pytest.approx(2.2e-4, rel=0.03)
     assert hidden[0] == hidden.max()
-    tail = np.minimum(np.cumsum(chances), 1 - 1e-9)
-    long_rank_one = (gammaincinv(4, tail) / 4) ** -0.5  # Proposition 13; here rounded down
-    assert revealed(long_rank_one, chances, 0.1, 1.5, np.e)[0] > 6 * hidden[0]
+    long_rank_one = (gammaincinv(4, np.minimum(np.cumsum(chances), 1 - 1e-9)) / 4) ** -0.5
+    assert revealed(long_rank_one, chances, 0.1, 1.5, np.e)[0] > 6 * hidden[0]  # Proposition 13
     for gamma in GAMMAS:
         more = revealed(norms[::40], chances[::40], 0.1, 1.5, gamma)
         weight = chances[::40].sum()
@@ -230,9 +229,8 @@ def test_lemma_14_dominating_pairs_compose_although_the_second_step_adapts(rng):
     pairs = rng.dirichlet(np.ones(3), size=(2, 2))
     first = pairs[0] @ rng.dirichlet(np.ones(4), size=3)  # dominated, as it is made from the pair
     seconds = [pairs[1] @ rng.dirichlet(np.ones(4), size=3) for _ in range(4)]
-    with_it, without = (
-        np.concatenate([first[w][o] * seconds[o][w] for o in range(4)]) for w in (0, 1)
-    )
+    joint = ([first[w][o] * seconds[o][w] for o in range(4)] for w in (0, 1))
+    with_it, without = map(np.concatenate, joint)
     best_with, best_without = (np.outer(pairs[0][w], pairs[1][w]).ravel() for w in (0, 1))
     for gamma in GAMMAS:
         assert stick(with_it, without, gamma) <= stick(best_with, best_without, gamma) + 1e-12
@@ -286,8 +284,7 @@ def test_section_12_signs_lose_a_gradient_on_two_coordinates(probes):
     estimates = np.square(signs @ [2**-0.5, 2**-0.5]).mean(axis=1)
     assert (estimates < 1e-12).mean() == 2.0**-probes
     assert estimates.mean() == pytest.approx(1.0)
-    far = 1e3
-    assert (estimates < 1e-12).mean() > SketchedClip(probes=probes).exceeds(far)
+    assert (estimates < 1e-12).mean() > SketchedClip(probes=probes).exceeds(1e3)
 
 
 @pytest.mark.parametrize("probes", [1, 4, 48])
