@@ -32,8 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from veilspan.core import Sketch
 from veilspan.core.contributions import OuterProducts
-from veilspan.core.measures import SketchedMeasure
+from veilspan.core.measures import Measure
 from veilspan.core.norms import BlockedKernel, sq_norms
+from veilspan.core.reduction import LocalShards
 
 MARKS = ("<!-- sketch: made by bench_sketch.py --markdown -->", "<!-- sketch: end -->")
 STEP_METHODS = ("plain", "two_pass", "two_pass_sketch", "bookkeeping", "bookkeeping_sketch")
@@ -74,11 +75,12 @@ class Layer:
         )
         part = OuterProducts(act_BTI=act, grad_BTO=grad, kernel=BlockedKernel())
         owned = {"weight": nn.Parameter(torch.zeros(self.outputs, self.inputs))}
-        measure = SketchedMeasure(
-            sketch=Sketch(probes=self.probes, blocks=4),
+        measure = Measure(
             choose=lambda *shape: "direct",
-            pays=lambda *shape: True,
             owned=owned,
+            shards=LocalShards(),
+            sketch=Sketch(probes=self.probes, blocks=4),
+            pays=lambda *shape: True,
         )
 
         def sketch() -> Tensor:

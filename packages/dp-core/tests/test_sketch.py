@@ -23,10 +23,10 @@ from veilspan.core import (
 from veilspan.core.contributions import Lookups, OuterProducts, RowSums
 from veilspan.core.formed import Formed, Recomputed
 from veilspan.core.head import fused_causal_lm_losses
-from veilspan.core.measures import SketchedMeasure
+from veilspan.core.measures import Measure
 from veilspan.core.norms import BlockedKernel
 from veilspan.core.plan import StrategyPlan
-from veilspan.core.sketch import Sketch as SketchOfModule
+from veilspan.core.reduction import LocalShards
 from veilspan.core.survey import trainable_parameters
 from veilspan.core.testing import Oracle
 from veilspan.core.testing.conformance import assert_close, clipped_sum
@@ -216,8 +216,12 @@ def test_terms_that_cancel_are_guarded_for_their_rounding():
         act_BTI=act, grad_BTO=torch.cat([grad, -grad], dim=1), kernel=BlockedKernel()
     )
     owned = {"w": nn.Parameter(torch.zeros(24, 32))}
-    measure = SketchedMeasure(
-        sketch=sketch(), choose=lambda *shape: "direct", pays=lambda *shape: True, owned=owned
+    measure = Measure(
+        choose=lambda *shape: "direct",
+        owned=owned,
+        shards=LocalShards(),
+        sketch=sketch(),
+        pays=lambda *shape: True,
     )
     measure.begin()
     size = float((act.norm(dim=2) * torch.cat([grad, grad], dim=1).norm(dim=2)).sum())
@@ -376,4 +380,4 @@ def test_what_no_law_covers_is_refused(options, message, make_model):
 @pytest.mark.parametrize("numbers", [{"blocks": 3}, {"probes": 0}, {"blocks": 0}, {"probes": 2.5}])
 def test_numbers_that_make_no_sketch_are_refused(numbers):
     with pytest.raises(ValueError, match=r"probes|blocks"):
-        SketchOfModule(**numbers)
+        Sketch(**numbers)

@@ -13,7 +13,12 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from veilspan.core.errors import PrivacyError, UnsupportedModelError
 from veilspan.core.groups import Clipping
-from veilspan.core.protocols import GradientReduction, SequenceShards, SplitModel
+from veilspan.core.protocols import (
+    GradientReduction,
+    SequenceShards,
+    SplitModel,
+    split_by_record,
+)
 
 
 def check_numbers(
@@ -58,7 +63,7 @@ def refuse_mixed_gradients(
         UnsupportedModelError: Naming a wrapper that averages over ranks, or a parameter that is
             split while each rank has whole sequences.
     """
-    if isinstance(shards, SplitModel) and reduction is None:
+    if split_by_record(shards) and reduction is None:
         raise ValueError(
             "reduction is None, but ranks with other records split the model; pass "
             "reduction=veilspan.parallel.ReplicaReduction(mesh)."
@@ -72,7 +77,7 @@ def refuse_mixed_gradients(
             )
     for name, parameter in parameters.items():
         held = shards.local(parameter.detach()).shape  # refuses what it cannot place
-        in_parts = shards.degree > 1 or isinstance(shards, SplitModel)
+        in_parts = shards.degree > 1 or split_by_record(shards)
         if not in_parts and held != parameter.shape:
             raise UnsupportedModelError(
                 f"Parameter '{name}' of shape {tuple(parameter.shape)} is split over ranks, of "
@@ -130,13 +135,17 @@ def records_only(losses_B: Tensor, is_record_B: Tensor) -> Tensor:
     return torch.where(is_record_B.to(losses_B.device), losses_B, 0.0)
 
 
-def require_agreement(shards: SequenceShards, value: int) -> None:
-    """Refuse to go on where ranks that split a model do different things.
+def require_agreement(together: SplitModel | None, value: int) -> None:
+    """Refuse to go on where ranks that add up clipped sums together do different things.
+
+    Args:
+        together: The ranks; None where there are none.
+        value: What must be the same on all of them.
 
     Raises:
         PrivacyError: On every rank, if `value` is not the same on all of them.
     """
-    if isinstance(shards, SplitModel) and not shards.agree(value):
+    if together is not None and not together.agree(value):
         raise PrivacyError(
             "The ranks that split the model do not run the same micro-batches: another rank has a "
             "micro-batch more, of another size, or reached other layers. Give every rank the same "

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from veilspan.core.norms import compute_dtype, magnitudes, rounding_guard, sq_norm, sq_norms
+from veilspan.core.projection import Projection
 from veilspan.core.protocols import NormKernel
 from veilspan.core.sums import ClippedSum
 
@@ -24,30 +25,6 @@ NormChoice = Callable[[int, int, int], str]
 
 _TOKENS = 1024
 """Tokens that are converted to a wider type at once."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Projection:
-    """Per-sample gradients times probes, not the gradients.
-
-    Args:
-        values_BRk: G_b Z_b.
-        size_B: Σ‖a‖‖g‖ over the terms that were added up: what the norm would be without
-            cancellation, fp64.
-        terms: Length of the sums behind each number, for the rounding.
-    """
-
-    values_BRk: Tensor
-    size_B: Tensor
-    terms: int
-
-    def plus(self, other: Projection) -> Projection:
-        """Return the projection of the sum of two gradients, in the memory of this one."""
-        return Projection(
-            values_BRk=self.values_BRk.add_(other.values_BRk),
-            size_B=self.size_B + other.size_B,
-            terms=self.terms + other.terms,
-        )
 
 
 class SampleGradient(Protocol):
@@ -59,6 +36,10 @@ class SampleGradient(Protocol):
 
     def add_to(self, sums: ClippedSum, name: str, factor: float) -> None:
         """Add `factor` times the gradient to the sum of parameter `name`."""
+        ...
+
+    def write(self, out: Tensor) -> None:
+        """Write the gradient into zeros of the parameter's shape."""
         ...
 
 
@@ -116,6 +97,10 @@ class Dense:
         """Add `factor` times the gradient."""
         sums.add_(name, self.gradient, factor)
 
+    def write(self, out: Tensor) -> None:
+        """Write the gradient."""
+        out.copy_(self.gradient)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
@@ -131,6 +116,10 @@ class Rows:
     def add_to(self, sums: ClippedSum, name: str, factor: float) -> None:
         """Add `factor` times the rows."""
         sums.add_rows_(name, self.rows_R, self.gradient_RD, factor)
+
+    def write(self, out: Tensor) -> None:
+        """Write the rows."""
+        out[self.rows_R] = self.gradient_RD.to(out.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

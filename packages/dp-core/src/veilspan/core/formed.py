@@ -12,8 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from veilspan.core.contributions import Dense, NormChoice, Projection, add_each
+from veilspan.core.contributions import Dense, NormChoice, add_each
 from veilspan.core.norms import sq_norm
+from veilspan.core.projection import Projection
 from veilspan.core.sums import ClippedSum
 
 

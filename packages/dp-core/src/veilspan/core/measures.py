@@ -6,130 +6,68 @@ Shape letters: B samples, b block means, N columns of a weight, R its rows, k pr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Protocol, final
+from dataclasses import dataclass, field, replace
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from veilspan.core.contributions import Contribution, NormChoice, Projection
+from veilspan.core.contributions import Contribution, NormChoice
+from veilspan.core.errors import PrivacyError
 from veilspan.core.noise import GaussianNoise, new_key
 from veilspan.core.norms import compute_dtype, rounding_guard
-from veilspan.core.protocols import NoiseSource
+from veilspan.core.projection import Projection
+from veilspan.core.protocols import NoiseSource, SequenceShards
 from veilspan.core.sketch import Sketch
-
-
-class Measure(Protocol):
-    """Takes the squared norms of one parameter at a time."""
-
-    @property
-    def exact(self) -> bool:
-        """Whether no norm is estimated."""
-        ...
-
-    @property
-    def blocks(self) -> int:
-        """Block means of an estimate; the largest sum over parameters of them is the norm."""
-        ...
-
-    def begin(self) -> None:
-        """Begin a micro-batch, which never shares randomness with another."""
-        ...
-
-    def sq_norms(self, name: str, part: Contribution) -> Tensor:
-        """Return the squared norm of each sample's gradient, `[B, 1]` or `[B, b]` fp64."""
-        ...
-
-    def projects(self, name: str) -> bool:
-        """Return whether uses of a parameter are added up as projections, not as gradients."""
-        ...
-
-    def projection(self, name: str, part: Contribution) -> Projection:
-        """Return what one use adds to the projection of a parameter."""
-        ...
-
-    def of_projection(self, projection: Projection) -> Tensor:
-        """Return the squared norms that the projections of all uses tell, `[B, b]` fp64."""
-        ...
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class ExactMeasure:
-    """Exact norms; a parameter that is used twice needs its per-sample gradients.
-
-    Args:
-        choose: Norm method of a linear map.
-    """
-
-    choose: NormChoice
-
-    @property
-    def exact(self) -> bool:
-        """Return True."""
-        return True
-
-    @property
-    def blocks(self) -> int:
-        """One number is the norm."""
-        return 1
-
-    def begin(self) -> None:
-        """Do nothing: there is no randomness."""
-
-    def sq_norms(self, name: str, part: Contribution) -> Tensor:
-        """Return the exact squared norms, `[B, 1]` fp64."""
-        return part.sq_norms(self.choose)[:, None]
-
-    def projects(self, name: str) -> bool:
-        """Return False."""
-        return False
-
-    def projection(self, name: str, part: Contribution) -> Projection:
-        """Raise, as nothing is projected."""
-        raise NotImplementedError
-
-    def of_projection(self, projection: Projection) -> Tensor:
-        """Raise, as nothing is projected."""
-        raise NotImplementedError
 
 
 @final
 @dataclass(kw_only=True)
-class SketchedMeasure:
-    """Estimates of large weights from Gaussian probes; exact norms of everything else.
+class Measure:
+    """Exact norms; with a sketch, estimates of large weights from Gaussian probes.
 
     Guarantee:
         The probes of a record are standard normals that no other record, micro-batch or parameter
-        has, and that all uses of a parameter share. Block sums are added over parameters before the
+        has, and that all uses of a parameter, and all ranks of its sequence, share. Projections are
+        added over uses and ranks before they are squared, and block sums over parameters before the
         largest is taken. Rounding is guarded as in exact norms.
 
     Args:
-        sketch: Numbers of probes and blocks.
         choose: Exact norm method of a linear map.
-        pays: Whether an estimate of a linear map is cheaper than its exact norm.
         owned: Trainable parameters by name.
+        shards: Who holds the rest of each sequence.
+        sketch: Numbers of probes and blocks; None for exact norms.
+        pays: Whether an estimate of a linear map is cheaper than its exact norm.
+
+    Raises:
+        PrivacyError: If ranks that hold a sequence together were given different probes.
     """
 
-    sketch: Sketch
     choose: NormChoice
-    pays: Callable[[int, int, int], bool]
     owned: Mapping[str, nn.Parameter]
-    _stream: NoiseSource = field(init=False, repr=False)
+    shards: SequenceShards
+    sketch: Sketch | None = None
+    pays: Callable[[int, int, int], bool] = lambda *_: False
+    _stream: NoiseSource | None = field(init=False, repr=False, default=None)
     _micro_batch: int = field(init=False, default=-1)
 
     def __post_init__(self) -> None:
-        self._stream = self.sketch.stream or GaussianNoise(new_key())
+        if self.sketch is None:
+            return
+        device, stream = next(iter(self.owned.values())).device, self.sketch.stream
+        self._stream = GaussianNoise(_common_key(self.shards, device)) if stream is None else stream
+        if stream is not None and self.shards.degree > 1:
+            _require_common(stream, self.shards, device)
 
     @property
     def exact(self) -> bool:
-        """Return False."""
-        return False
+        """Return whether no norm is estimated."""
+        return self.sketch is None
 
     @property
     def blocks(self) -> int:
-        """Block means of an estimate."""
-        return self.sketch.blocks
+        """Return the block means of an estimate; the largest sum over parameters is the norm."""
+        return 1 if self.sketch is None else self.sketch.blocks
 
     def begin(self) -> None:
         """Begin a micro-batch: nobody has had its probes before."""
@@ -137,33 +75,86 @@ class SketchedMeasure:
 
     def sq_norms(self, name: str, part: Contribution) -> Tensor:
         """Return the estimates `[B, b]`, or exact squared norms `[B, 1]` where those are cheap."""
-        if self.projects(name) and part.worth_projecting(self.pays):
-            return self.of_projection(self.projection(name, part))
+        if self._projects(name) and part.worth_projecting(self.pays):
+            return self.of_projection(name, self.projection(name, part))
         return part.sq_norms(self.choose)[:, None]
 
-    def projects(self, name: str) -> bool:
-        """Return whether probes are fewer than the rows and the columns of a parameter."""
-        return self.sketch.projects(self.owned[name])
+    def adds_uses(self, name: str) -> bool:
+        """Return whether uses of a parameter are added up as projections, not as gradients."""
+        return self._projects(name) or self.shards.degree > 1
 
     def projection(self, name: str, part: Contribution) -> Projection:
-        """Return gradient times probes, `[B, R, k]`, of one use."""
+        """Return gradient times probes, `[B, R, k]`; the gradient itself, `[B, R, N]`, if exact."""
+        if self._projects(name):
+            return part.project(self._probes(name, part.size))
+        whole, parameter = self.nothing(name, part.size), self.owned[name]
+        for b, values_RN in enumerate(whole.values_BRk):
+            part.sample(b).write(values_RN.view(parameter.shape))
+        columns = whole.values_BRk.shape[2]
+        rounding = part.project(whole.values_BRk.new_zeros((part.size, columns, 0)))
+        return replace(rounding, values_BRk=whole.values_BRk)
+
+    def nothing(self, name: str, size: int) -> Projection:
+        """Return the projection of gradients of zero."""
         parameter = self.owned[name]
-        columns = parameter.numel() // len(parameter)
+        kept = parameter.numel() // max(1, len(parameter))
+        if self.sketch is not None and self._projects(name):
+            kept = self.sketch.probes
+        dtype, device = compute_dtype(parameter.dtype), parameter.device
+        return Projection(
+            values_BRk=torch.zeros((size, len(parameter), kept), dtype=dtype, device=device),
+            size_B=torch.zeros(size, dtype=torch.float64, device=device),
+            terms=0,
+        )
+
+    def of_projection(self, name: str, projection: Projection) -> Tensor:
+        """Return the block means of ‖G z‖², or ‖G‖², with a guard for rounding, fp64."""
+        values = projection.values_BRk
+        sq_Bk = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64).square()
+        if self._projects(name):
+            sq_Bb = sq_Bk.unflatten(1, (self.blocks, -1)).mean(2)
+        else:
+            sq_Bb = sq_Bk.sum(1, keepdim=True)
+        guard = rounding_guard(projection.terms, self.owned[name].dtype)
+        return sq_Bb + (guard * projection.size_B).square()[:, None]
+
+    def _projects(self, name: str) -> bool:
+        return self.sketch is not None and self.sketch.projects(self.owned[name])
+
+    def _probes(self, name: str, size: int) -> Tensor:
+        """Return what the records of this micro-batch have for one parameter, `[B, N, k]`."""
+        assert self.sketch is not None
+        assert self._stream is not None
+        parameter = self.owned[name]
         probes_BNk = torch.zeros(
-            (part.size, columns, self.sketch.probes),
+            (size, parameter.numel() // len(parameter), self.sketch.probes),
             dtype=compute_dtype(parameter.dtype),
             device=parameter.device,
         )
         # the name has a slash, which no parameter's has
         address = {"step": self._micro_batch, "name": f"probes/{name}", "offset": 0}
         self._stream.add_(probes_BNk, stddev=1.0, **address)
-        return part.project(probes_BNk)
+        return probes_BNk
 
-    def of_projection(self, projection: Projection) -> Tensor:
-        """Return the block means of ‖G z‖² with a guard for rounding, `[B, b]` fp64."""
-        values = projection.values_BRk
-        width = self.sketch.probes // self.blocks
-        sq_Bk = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64).square()
-        means_Bb = sq_Bk.unflatten(1, (self.blocks, width)).mean(2)
-        guard = rounding_guard(projection.terms, values.dtype)
-        return means_Bb + (guard * projection.size_B).square()[:, None]
+
+def _common_key(shards: SequenceShards, device: torch.device) -> bytes:
+    """Return a fresh key that the ranks of one sequence share and no others have."""
+    own = torch.tensor(list(new_key()), dtype=torch.float64, device=device)
+    return bytes(int(value) % 256 for value in shards.sum_scalars(own).tolist())
+
+
+def _require_common(stream: NoiseSource, shards: SequenceShards, device: torch.device) -> None:
+    """Refuse streams that differ: their estimates would miss what ranks have in common.
+
+    Raises:
+        PrivacyError: On every rank.
+    """
+    seen = torch.zeros(16, dtype=torch.float64, device=device)
+    stream.add_(seen, stddev=1.0, step=0, name="probes/", offset=0)
+    apart = (shards.sum_scalars(seen) - shards.degree * seen).abs().max()
+    if shards.sum_scalars(apart[None]) > 1e-9:
+        raise PrivacyError(
+            f"The stream of norms=Sketch(...) is not the same on the {shards.degree} ranks that "
+            "hold a sequence together, so estimates would be too small. Give them streams with one "
+            "key, or none: the step then draws a key that they share."
+        )

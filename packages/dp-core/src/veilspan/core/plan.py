@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from veilspan.core.backward import STRATEGIES
@@ -22,12 +21,11 @@ from veilspan.core.cost import (
 )
 from veilspan.core.errors import UnsupportedModelError
 from veilspan.core.groups import Groups
-from veilspan.core.measures import ExactMeasure, Measure, SketchedMeasure
+from veilspan.core.measures import Measure
 from veilspan.core.model_shape import shape_of
-from veilspan.core.protocols import SequenceShards, SplitModel
+from veilspan.core.protocols import SequenceShards, SplitModel, split_by_record
 from veilspan.core.rates import DeviceRates
 from veilspan.core.rules import RecordsAlone
-from veilspan.core.rules.linear import LinearRule
 from veilspan.core.sketch import Sketch
 from veilspan.core.survey import OwnedModule
 
@@ -52,6 +50,7 @@ class StrategyPlan:
         memory: Bytes that a strategy may use beyond an ordinary backward pass.
         memory_is_given: Whether the caller set that limit; else it is what seemed to be free.
         split: Whether ranks with other records split the model.
+        in_parts: Whether the ranks of `shards` can add up clipped sums, each keeping its part.
     """
 
     backward: str
@@ -63,6 +62,7 @@ class StrategyPlan:
     memory: float
     memory_is_given: bool = False
     split: bool = False
+    in_parts: bool = False
     chosen: dict[tuple[int, int], Choice] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class StrategyPlan:
                 f"backward is {self.backward!r}, which forms every gradient, but norms is "
                 f"{self.norms!r}. Use one of {_ESTIMATING}, 'auto', or exact norms."
             )
-        if self.split:
+        if self.adds_in_parts:
             self._require_sums_in_parts()
         if (
             self.split
@@ -96,6 +96,11 @@ class StrategyPlan:
     def probes(self) -> int:
         """Gaussian probes of an estimate; 0 where norms are exact."""
         return self.norms.probes if isinstance(self.norms, Sketch) else 0
+
+    @property
+    def adds_in_parts(self) -> bool:
+        """Whether the ranks add up clipped sums in every micro-batch, parameter by parameter."""
+        return self.split or (self.degree > 1 and self.probes > 0)
 
     @property
     def may_tap(self) -> bool:
@@ -138,12 +143,14 @@ class StrategyPlan:
         """Return whether an estimate takes less time than the exact norm."""
         return cheaper_norm((length, inputs, outputs), self.rates, probes=self.probes) == "sketch"
 
-    def measure(self, owned: Mapping[str, nn.Parameter]) -> Measure:
+    def measure(self, owned: Mapping[str, nn.Parameter], shards: SequenceShards) -> Measure:
         """Return what takes squared norms of parameters, given by name."""
-        if not isinstance(self.norms, Sketch):
-            return ExactMeasure(choose=self.norm_method)
-        return SketchedMeasure(
-            sketch=self.norms, choose=self.norm_method, pays=self.sketch_pays, owned=owned
+        return Measure(
+            choose=self.norm_method,
+            owned=owned,
+            shards=shards,
+            sketch=self.norms if isinstance(self.norms, Sketch) else None,
+            pays=self.sketch_pays,
         )
 
     @property
@@ -159,43 +166,11 @@ class StrategyPlan:
         kinds = dict.fromkeys(m.rule.name for m in owners if m.rule is not None)
         return " + ".join(kinds)
 
-    def table(self, lengths: dict[str, int]) -> str:
-        """Return the choices as text: a line per strategy, then a line per module.
-
-        Args:
-            lengths: Tokens of the last input of each tapped module, by module name.
-        """
-        # one line a strategy, for its largest shape: how full the last micro-batch was is private
-        largest = {self.chosen[shape].name: shape for shape in sorted(self.chosen)}
-        lines = [
-            f"micro-batch of {size} x {length} tokens: {name} ({self.chosen[size, length].reason})"
-            for name, (size, length) in largest.items()
-        ] or [f"backward: {self.backward}; decided at the first micro-batch"]
-        for shape in largest.values():
-            if len(self.chosen[shape].forecasts) > 1:
-                lines += [f"  forecast for {shape[0]} x {shape[1]}, beyond an ordinary backward:"]
-                lines += [f"    {forecast}" for forecast in self.chosen[shape].forecasts]
-        width = max(len(m.name) for m in self.modules)
-        for module in self.modules:
-            lines.append(f"  {module.name:<{width}}  {self._path(module, lengths)}")
-        return "\n".join(lines)
-
-    def _path(self, module: OwnedModule, lengths: dict[str, int]) -> str:
-        kind = module.rule.name if module.rule else type(module.module).__name__
-        numel = sum(p.numel() for p in module.parameters.values())
-        text = f"{kind:<20} {numel:>12,} elements"
-        strategies = {choice.name for choice in self.chosen.values()}
-        if strategies & {"two_pass", "bookkeeping"} and isinstance(module.rule, LinearRule):
-            weight: torch.Tensor = module.module.weight  # pyright: ignore[reportAssignmentType]
-            length = lengths.get(module.name, 0)
-            shape = (length, weight.shape[1], weight.shape[0])
-            method = "sketch" if self.sketch_pays(*shape) else self.norm_method(*shape)
-            text += f"  norm {method}"
-        return text
-
     def _decide(self, size: int, length: int) -> Choice:
         if self.backward != "auto":
             return Choice(name=self.backward, reason="chosen by the caller")
+        if self.adds_in_parts and not self.split:
+            return Choice(name="two_pass", reason="ranks add up clipped sums, layer by layer")
         if self.split:  # one choice for every shape, so that ranks cannot differ
             name = "per_layer" if self.shape.layered else "bookkeeping"
             return Choice(name=name, reason="the model is split over ranks with other records")
@@ -219,7 +194,7 @@ class StrategyPlan:
 
     def _obstacle(self) -> str | None:
         """Return why taps cannot be used on this model, or None."""
-        if self.degree > 1:
+        if self.degree > 1 and not self.probes:
             return f"{self.degree} ranks share each sequence"
         bare = next((m for m in self.modules if m.rule is None), None)
         if bare is not None:
@@ -232,7 +207,7 @@ class StrategyPlan:
         Raises:
             UnsupportedModelError: Naming the strategy or the module, and the way out.
         """
-        if self.backward not in ("auto", *_IN_PARTS):
+        if self.split and self.backward not in ("auto", *_IN_PARTS):
             raise UnsupportedModelError(
                 f"backward is {self.backward!r}, but the model is split over ranks with other "
                 f"records. Use one of {_IN_PARTS}, which add up clipped sums in parts, or 'auto'."
@@ -241,8 +216,8 @@ class StrategyPlan:
             if isinstance(owned.rule, RecordsAlone):
                 raise UnsupportedModelError(
                     f"Module '{owned.name}' ({type(owned.module).__name__}) runs its records one "
-                    "at a time, but its parameters are split over ranks with other records. Freeze "
-                    "it, register_rule for its type, or keep the model whole on each rank."
+                    "at a time, but ranks add up clipped sums of its parameters. Freeze it, "
+                    "register_rule for its type, or keep model and sequences whole on each rank."
                 )
 
     def _require_taps(self) -> None:
@@ -254,7 +229,7 @@ class StrategyPlan:
         wish, way_out = f"backward={self.backward!r}", "backward='single_sample'"
         if self.probes:
             wish, way_out = f"norms={self.norms!r}", f"exact norms and {way_out}"
-        if self.degree > 1:
+        if self.degree > 1 and not (self.probes and self.in_parts):
             raise UnsupportedModelError(
                 f"{wish} needs whole sequences on each rank, but {self.degree} ranks share each "
                 f"sequence. Use {way_out}."
@@ -306,7 +281,8 @@ def plan_for(
         norms=wishes.norms,
         modules=modules,
         degree=shards.degree,
-        split=isinstance(shards, SplitModel),
+        split=split_by_record(shards),
+        in_parts=isinstance(shards, SplitModel),
         shape=shape_of(model, modules, groups, sketch),
         rates=rates,
         memory=rates.free_bytes if wishes.memory_budget is None else wishes.memory_budget,

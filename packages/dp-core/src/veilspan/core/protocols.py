@@ -8,7 +8,7 @@ features. A name that ends in `_B` is per-sample and therefore secret.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 from torch import Tensor
 
@@ -70,10 +70,11 @@ class SequenceShards(Protocol):
 
 @runtime_checkable
 class SplitModel(SequenceShards, Protocol):
-    """Shards of a model that is split over ranks with different records, whole sequences each.
+    """Shards of a model whose clipped sums ranks can add up: each keeps the part that it owns.
 
-    No gradient may be summed over these ranks before it is clipped. Clipped sums are: parameter by
-    parameter, each rank keeping the part that it owns.
+    Where `degree` is 1 the ranks hold different records, and no gradient may be summed over them
+    before it is clipped. Where it is larger they hold parts of the same sequences, and a record's
+    contribution is the sum over them.
     """
 
     def scatter(self, parameter: Tensor, total: Tensor) -> Callable[[], Tensor]:
@@ -87,6 +88,11 @@ class SplitModel(SequenceShards, Protocol):
     def agree(self, value: int) -> bool:
         """Return whether every rank gave the same value; each must call it."""
         ...
+
+
+def split_by_record(shards: SequenceShards) -> TypeGuard[SplitModel]:
+    """Return whether ranks with different records, whole sequences each, split the model."""
+    return isinstance(shards, SplitModel) and shards.degree == 1
 
 
 @runtime_checkable

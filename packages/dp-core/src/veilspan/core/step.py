@@ -21,6 +21,7 @@ from veilspan.core.checks import (
     require_agreement,
 )
 from veilspan.core.errors import PrivacyError
+from veilspan.core.explain import explain
 from veilspan.core.groups import Clipping
 from veilspan.core.noise import GaussianNoise, new_key
 from veilspan.core.norms import BlockedKernel
@@ -43,23 +44,19 @@ class PrivateStep:
     Args:
         model: The model; patched at its instances until `detach`, never wrapped.
         clipping: Who shares a threshold, and how a norm becomes a factor.
-        noise_multiplier: σ, the noise standard deviation in units of the sensitivity; 0 for exact
-            clipped means with an ε of infinity.
-        expected_batch_size: Public constant, `sampling_probability * num_records`; never the
-            length of a drawn batch.
+        noise_multiplier: σ, the noise standard deviation in units of the sensitivity; at 0, ε is ∞.
+        expected_batch_size: Public constant, `sampling_probability * num_records`.
         backward: `auto`, `single_sample`, `per_sample`, `bookkeeping`, `two_pass` or `per_layer`.
         norms: `auto`, `direct` or `gram`: norm method of linear maps in `two_pass` and
             `bookkeeping`. `Sketch(...)` estimates norms there and in `per_layer`.
         accumulate: `fp32`, or `exact` for sums of integers: bitwise the same in every order.
-        memory_budget: Bytes that `auto` may use beyond an ordinary backward pass; by default half
-            of the memory that is free now.
+        memory_budget: Bytes that `auto` may use beyond an ordinary backward pass; half of what is
+            free now unless given.
         kernel: Per-sample arithmetic of linear maps.
-        noise: Noise source; by default a cryptographic stream with a fresh key from the operating
-            system.
+        noise: Noise source; a cryptographic stream with a fresh secret key unless given.
         shards: Who holds the rest of each sample and parameter; by default everything is here.
         reduction: Sum over replicas, once per logical batch.
-        on_release: Called with each `Release` before its noise exists. What it raises stops the
-            release: connect the privacy ledger here.
+        on_release: Called with each `Release` before its noise exists; raising stops it. For ledgers.
         first_step: Index of the first logical batch, after a restart.
 
     Raises:
@@ -116,7 +113,8 @@ class PrivateStep:
         self._on_release = on_release
         owned = trainable_parameters(model)
         refuse_mixed_gradients(model, owned, self._shards, reduction)
-        may_tap = backward != "single_sample" and self._shards.degree == 1
+        whole = self._shards.degree == 1 or isinstance(norms, Sketch)
+        may_tap = backward != "single_sample" and whole
         modules = list(owned_modules(model, (kernel or BlockedKernel()) if may_tap else None))
         groups = clipping.resolve({name: p.numel() for name, p in owned.items()})
         self._mechanism = GaussianMechanism(
@@ -131,19 +129,21 @@ class PrivateStep:
         accumulator = accumulator_named(
             accumulate, clip_norm=clipping.clip_norm, expected_batch_size=expected_batch_size
         )
+        in_parts = self._plan.adds_in_parts
+        sums = ClippedSum(owned, self._shards, accumulator, in_parts=in_parts)
         self._attachment = Attachment(
             model,
             owned,
             modules if self._plan.may_tap else (),
             tapped=self._plan.tapped,
-            begin=partial(require_agreement, self._shards),
+            begin=partial(require_agreement, sums.together),
         )
         self._work = Workspace(
             attachment=self._attachment,
             groups=groups,
             shards=self._shards,
-            sums=ClippedSum(owned, self._shards, accumulator),
-            measure=self._plan.measure(owned),
+            sums=sums,
+            measure=self._plan.measure(owned, self._shards),
         )
         self._entered = False
         self._attached = True
@@ -266,7 +266,7 @@ class PrivateStep:
     def explain(self) -> str:
         """Return the strategies in use, with the reasons, and the path of each trainable module."""
         shapes = {site.name: site.last_shape for site in self._attachment.sites}
-        return self._plan.table({name: math.prod(shape[1:-1]) for name, shape in shapes.items()})
+        return explain(self._plan, {n: math.prod(shape[1:-1]) for n, shape in shapes.items()})
 
     def detach(self) -> None:
         """Undo every patch: the model is the user's own again."""
@@ -300,7 +300,7 @@ class PrivateStep:
     def _release(self) -> None:
         """Announce, add noise, divide; then let adaptive thresholds move for the next batch."""
         work = self._work
-        require_agreement(self._shards, -1 - work.sums.order)  # no size of a micro-batch
+        require_agreement(work.sums.together, -1 - work.sums.order)  # no size of a micro-batch
         work.sums.reduce(self._reduction, [] if work.within_M is None else [work.within_M])
         release = self._mechanism.announce(self.next_step, work.groups)
         if self._on_release is not None:

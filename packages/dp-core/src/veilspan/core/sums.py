@@ -102,6 +102,10 @@ class ClippedSum:
         parameters: Trainable parameters by name.
         shards: Which part of each parameter this rank owns.
         accumulator: How contributions are added.
+        in_parts: Whether the ranks of `shards` add up each parameter's sum in every micro-batch.
+
+    Raises:
+        ValueError: If ranks would add up parts of contributions that are truncated one by one.
     """
 
     def __init__(
@@ -109,15 +113,22 @@ class ClippedSum:
         parameters: Mapping[str, nn.Parameter],
         shards: SequenceShards,
         accumulator: Accumulator,
+        *,
+        in_parts: bool,
     ) -> None:
         self._parameters = parameters
         self._shards = shards
         self._accumulator = accumulator
         self._sums: dict[str, Tensor] = {}
         self._clip_norms: dict[str, float] = {}
-        # Of a model that is split over ranks with other records: sums of the parts owned here,
-        # parts that are on their way, and a checksum of the order in which they were sent.
-        self._split = shards if isinstance(shards, SplitModel) else None
+        # The ranks that add up sums in parts, if any; sums of the parts owned here, parts that are
+        # on their way, and a checksum of the order in which they were sent.
+        self.together = shards if in_parts and isinstance(shards, SplitModel) else None
+        if self.together is not None and shards.degree > 1 and accumulator.sample_by_sample:
+            raise ValueError(
+                "accumulate='exact' truncates each record's contribution once, but here ranks add "
+                "up parts of it. Use accumulate='fp32', or exact norms."
+            )
         self._parts: dict[str, Tensor] = {}
         self._under_way: deque[tuple[str, Callable[[], Tensor]]] = deque()
         self.order = 0
@@ -168,17 +179,17 @@ class ClippedSum:
         total.view(-1).addmv_(flat_Bn.mT, factor_B.to(total.dtype))
 
     def settle(self, name: str) -> None:
-        """Give each rank its part of what this micro-batch added to a parameter of a split model.
+        """Give each rank its part of what this micro-batch added to a parameter.
 
         At most one other parameter's whole sum is in memory meanwhile.
         """
-        if self._split is None:
+        if self.together is None:
             return
         parameter = self._parameters[name]
         local = self._shards.local(parameter.detach())
         total = self._total(name, parameter.shape, local)
         del self._sums[name]
-        self._under_way.append((name, self._split.scatter(parameter, total)))
+        self._under_way.append((name, self.together.scatter(parameter, total)))
         self.order = zlib.crc32(name.encode(), self.order)
         while len(self._under_way) > 1:
             self._arrive()
@@ -205,7 +216,8 @@ class ClippedSum:
             local = self._shards.local(parameter.detach())
             self._total(name, local.shape, local)
         # Replicas that split the model have added up their sums already.
-        sums = [] if self._split else [self._sums[name] for name in self._parameters]
+        summed = self.together is not None and self.together.degree == 1
+        sums = [] if summed else [self._sums[name] for name in self._parameters]
         reduction.sum_([*sums, *extra])
 
     def take(self, name: str) -> Tensor:

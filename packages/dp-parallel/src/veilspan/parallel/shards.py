@@ -90,6 +90,67 @@ class _RowShards(ABC):
             stride=parameter.stride(),
         )
 
+    def scatter(self, parameter: Tensor, total: Tensor) -> Callable[[], Tensor]:
+        """Begin to sum a clipped sum over the ranks; each keeps the part that it owns.
+
+        Args:
+            parameter: The parameter as the optimizer sees it.
+            total: Sum of the whole parameter's shape on this rank; fp32, fp64 or int64.
+
+        Returns:
+            Waits for, and returns, the part owned here.
+
+        Raises:
+            ValueError: If `total` has another shape or a narrower dtype.
+        """
+        if total.shape != parameter.shape or total.dtype not in _SUMMABLE:
+            raise ValueError(
+                f"total has shape {tuple(total.shape)} and dtype {total.dtype}; a clipped sum must "
+                f"have the parameter's shape {tuple(parameter.shape)} and be float32, float64 or "
+                "int64."
+            )
+        if self._parts == 1 or not isinstance(parameter, DTensor):
+            return self._whole(total)
+        rows = total.shape[0]
+        chunk = -(-rows // self._parts)
+        if chunk * self._parts != rows:  # FSDP2 leaves the last ranks fewer rows, or none
+            padding = total.new_zeros(chunk * self._parts - rows, *total.shape[1:])
+            total = torch.cat([total, padding])
+        mine = total.new_empty(chunk, *total.shape[1:])
+        total = total.contiguous()
+        # gloo has no stream to overlap with, and its asynchronous reduce-scatter is little trodden.
+        later = total.is_cuda
+        work = _reduce_scatter(mine, total, group=self._group, async_op=later)
+        owned = max(0, min(chunk, rows - chunk * self._place))
+
+        def arrived() -> Tensor:
+            nonlocal total
+            if work is not None:
+                work.wait()
+            total = mine  # let go of the whole sum, which had to outlive the transfer
+            return mine[:owned]
+
+        return arrived
+
+    def agree(self, value: int) -> bool:
+        """Return whether every rank gave the same value.
+
+        Args:
+            value: Any number of 63 bits; all ranks must call this together.
+        """
+        if self._parts == 1:
+            return True
+        extremes = torch.tensor([value, -value], dtype=torch.int64, device=self._mesh.device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._group)
+        largest, smallest = extremes.tolist()
+        return largest == -smallest
+
+    def _whole(self, total: Tensor) -> Callable[[], Tensor]:
+        """Sum a parameter that every rank holds whole."""
+        if self._parts > 1:
+            dist.all_reduce(total, group=self._group)
+        return lambda: total
+
     @abstractmethod
     def _refuse_replicated(self, tensor: Tensor) -> None:
         """Refuse a parameter that every rank holds whole, where that is wrong."""
@@ -201,67 +262,6 @@ class ReplicaShards(_RowShards):
     def sum_scalars(self, values: Tensor) -> Tensor:
         """Return `values` unchanged: a record is on one rank alone."""
         return values
-
-    def scatter(self, parameter: Tensor, total: Tensor) -> Callable[[], Tensor]:
-        """Begin to sum a clipped sum over the ranks; each keeps the part that it owns.
-
-        Args:
-            parameter: The parameter as the optimizer sees it.
-            total: Sum of the whole parameter's shape on this rank; fp32, fp64 or int64.
-
-        Returns:
-            Waits for, and returns, the part owned here.
-
-        Raises:
-            ValueError: If `total` has another shape or a narrower dtype.
-        """
-        if total.shape != parameter.shape or total.dtype not in _SUMMABLE:
-            raise ValueError(
-                f"total has shape {tuple(total.shape)} and dtype {total.dtype}; a clipped sum must "
-                f"have the parameter's shape {tuple(parameter.shape)} and be float32, float64 or "
-                "int64."
-            )
-        if self._parts == 1 or not isinstance(parameter, DTensor):
-            return self._whole(total)
-        rows = total.shape[0]
-        chunk = -(-rows // self._parts)
-        if chunk * self._parts != rows:  # FSDP2 leaves the last ranks fewer rows, or none
-            padding = total.new_zeros(chunk * self._parts - rows, *total.shape[1:])
-            total = torch.cat([total, padding])
-        mine = total.new_empty(chunk, *total.shape[1:])
-        total = total.contiguous()
-        # gloo has no stream to overlap with, and its asynchronous reduce-scatter is little trodden.
-        later = total.is_cuda
-        work = _reduce_scatter(mine, total, group=self._group, async_op=later)
-        owned = max(0, min(chunk, rows - chunk * self._place))
-
-        def arrived() -> Tensor:
-            nonlocal total
-            if work is not None:
-                work.wait()
-            total = mine  # let go of the whole sum, which had to outlive the transfer
-            return mine[:owned]
-
-        return arrived
-
-    def agree(self, value: int) -> bool:
-        """Return whether every rank gave the same value.
-
-        Args:
-            value: Any number of 63 bits; all ranks must call this together.
-        """
-        if self._parts == 1:
-            return True
-        extremes = torch.tensor([value, -value], dtype=torch.int64, device=self._mesh.device)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._group)
-        largest, smallest = extremes.tolist()
-        return largest == -smallest
-
-    def _whole(self, total: Tensor) -> Callable[[], Tensor]:
-        """Sum a parameter that every rank holds whole."""
-        if self._parts > 1:
-            dist.all_reduce(total, group=self._group)
-        return lambda: total
 
     def _refuse_replicated(self, tensor: Tensor) -> None:
         """Allow it: FSDP2 may be told to leave parameters whole, and their sums are equal."""

@@ -11,7 +11,6 @@ from veilspan.core.backward.reach import reaches_its_record_alone
 from veilspan.core.backward.single_sample import SingleSample
 from veilspan.core.backward.two_pass import TwoPass
 from veilspan.core.checks import second_pass_explained
-from veilspan.core.protocols import SplitModel
 
 __all__ = ["STRATEGIES", "Backward", "Workspace", "probe", "run_micro_batch"]
 
@@ -27,8 +26,8 @@ def probe(work: Workspace, losses_B: Tensor) -> None:
     Such ranks go on probing until all have seen it, since each must run the backward passes of the
     others.
     """
-    seen, shards = reaches_its_record_alone(work.attachment, losses_B), work.shards
-    alike = not isinstance(shards, SplitModel) or shards.agree(int(seen))
+    seen, together = reaches_its_record_alone(work.attachment, losses_B), work.sums.together
+    alike = together is None or together.agree(int(seen))
     work.separable = alike and seen
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from veilspan.core.backward.base import Workspace
-from veilspan.core.contributions import Contribution, Projection
+from veilspan.core.contributions import Contribution
 from veilspan.core.norms import compute_dtype, sq_norms
+from veilspan.core.projection import Projection
 from veilspan.core.taps import MicroBatch, Use
 
 _TOGETHER = 1 << 22
@@ -52,25 +52,31 @@ class Samples:
 
 
 class Estimates:
-    """Squared norms of several parameters together, `[B]`, as the step's measure takes them.
+    """Squared norms of the parameters of one group, `[B]`, as the step's measure takes them.
 
     Block means are added over parameters before the largest of them is taken. A parameter that is
     used several times counts once all of its uses are here: as the gradient that they add up to, or
-    as its projection.
+    as its projection. Where ranks hold a sequence together they add up projections before anything
+    is squared, parameter by parameter in one order.
     """
 
-    def __init__(self, work: Workspace, batch: MicroBatch) -> None:
-        self._measure = work.measure
+    def __init__(self, work: Workspace, batch: MicroBatch, group: int) -> None:
+        self._measure, self._size = work.measure, batch.size
+        self._ranks = work.shards if work.shards.degree > 1 else None
+        self._names = work.groups.members(group)
         shape = (batch.size, work.measure.blocks)
         self._sq_norm_Bb = torch.zeros(shape, dtype=torch.float64, device=batch.device)
         self._projections: dict[str, Projection] = {}
 
     def add(self, name: str, part: Contribution) -> None:
         """Add the one use of a parameter."""
-        self._sq_norm_Bb += self._measure.sq_norms(name, part)
+        if self._ranks is None:
+            self._sq_norm_Bb += self._measure.sq_norms(name, part)
+        else:
+            self.add_use(name, part)
 
     def add_use(self, name: str, part: Contribution) -> None:
-        """Add one of several uses of a parameter that the measure projects."""
+        """Add one of several uses of a parameter, or this rank's part of one."""
         found, known = self._measure.projection(name, part), self._projections.get(name)
         self._projections[name] = found if known is None else known.plus(found)
 
@@ -80,9 +86,13 @@ class Estimates:
 
     def sq_norms(self) -> Tensor:
         """Return the squared norms, `[B]` fp64; no more can be added."""
-        while self._projections:
-            _, projection = self._projections.popitem()
-            self._sq_norm_Bb += self._measure.of_projection(projection)
+        for name in self._names:
+            projection = self._projections.pop(name, None)
+            if self._ranks is not None:  # also where the loss reached nothing here
+                projection = projection or self._measure.nothing(name, self._size)
+                projection = projection.over(self._ranks)
+            if projection is not None:
+                self._sq_norm_Bb += self._measure.of_projection(name, projection)
         return self._sq_norm_Bb.amax(1)
 
 
@@ -129,7 +139,7 @@ class NormPass:
     keeps = False
 
     def __init__(self, work: Workspace, batch: MicroBatch) -> None:
-        self._estimates = [Estimates(work, batch) for _ in range(len(work.groups))]
+        self._estimates = [Estimates(work, batch, group) for group in range(len(work.groups))]
         self.shared = Samples(work, batch.size)
         self._work, self._batch = work, batch
 
@@ -139,7 +149,7 @@ class NormPass:
             estimates = self._estimates[self._work.groups.index[name]]
             if self._batch.uses[name] == 1:
                 estimates.add(name, part)
-            elif self._work.measure.projects(name):
+            elif self._work.measure.adds_uses(name):
                 estimates.add_use(name, part)
             else:
                 self.shared.add(name, part)
@@ -152,26 +162,40 @@ class NormPass:
         return torch.stack([estimates.sq_norms() for estimates in self._estimates])
 
 
-@dataclass
 class SumPass:
     """Adds each layer's weighted gradient to the clipped sum.
 
     Args:
         work: The step's parts.
+        batch: The micro-batch.
         factor_MB: Factors of each group.
         kept: Parameters to leave out, as their per-sample gradients were kept.
     """
 
-    work: Workspace
-    factor_MB: Tensor
-    kept: Collection[str]
-    keeps: bool = False
+    keeps = False
+
+    def __init__(
+        self, work: Workspace, batch: MicroBatch, factor_MB: Tensor, kept: Collection[str]
+    ) -> None:
+        self._work, self._factor_MB, self._kept = work, factor_MB, kept
+        self._awaited = Counter(batch.uses)
 
     def receive(self, use: Use) -> None:
-        """Add Σ_b factor_b · gradient_b of this use."""
+        """Add Σ_b factor_b · gradient_b of this use; settle what no other use will add to."""
+        work = self._work
         for name, part in use.parts():
-            if name not in self.kept:
-                part.add_to(self.work.sums, name, self.factor_MB[self.work.groups.index[name]])
+            if name not in self._kept:
+                part.add_to(work.sums, name, self._factor_MB[work.groups.index[name]])
+            self._awaited[name] -= 1
+            if not self._awaited[name]:
+                del self._awaited[name]
+                work.sums.settle(name)
+
+    def settle_all(self) -> None:
+        """Settle the parameters whose last use the loss did not reach."""
+        for name in self._work.owned:
+            if name in self._awaited:
+                self._work.sums.settle(name)
 
 
 class BookPass:
@@ -232,7 +256,7 @@ class BookPass:
     def _enter(self, group: int, entries: list[tuple[str, Contribution]]) -> None:
         book = self._open.setdefault(group, {})
         for name, part in entries:
-            if self._batch.uses[name] > 1 and not self._work.measure.projects(name):
+            if self._batch.uses[name] > 1 and not self._work.measure.adds_uses(name):
                 self._shared.add(name, part)
             else:
                 book.setdefault(name, []).append(part)
@@ -240,7 +264,7 @@ class BookPass:
     def _close(self, group: int) -> None:
         book = self._open.pop(group, {})
         shared = [n for n in self._shared.names() if self._work.groups.index[n] == group]
-        estimates = Estimates(self._work, self._batch)
+        estimates = Estimates(self._work, self._batch, group)
         for name, parts in book.items():
             for part in parts:
                 add = estimates.add if self._batch.uses[name] == 1 else estimates.add_use

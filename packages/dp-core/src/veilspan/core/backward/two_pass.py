@@ -27,6 +27,8 @@ class TwoPass:
         work.attachment.require_owned_gradients_only()
         factor_MB = work.all_factors(norms.sq_norms(), slack=work.slack(fp32=FORMED_SLACK))
         kept = norms.shared.names()
-        batch.differentiate(loss, SumPass(work, factor_MB, kept))
+        sums = SumPass(work, batch, factor_MB, kept)
+        batch.differentiate(loss, sums)
         for name in kept:
             norms.shared.flush(name, factor_MB[work.groups.index[name]])
+        sums.settle_all()

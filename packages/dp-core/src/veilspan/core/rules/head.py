@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veilspan.core.contributions import Contribution, Projection
+from veilspan.core.contributions import Contribution
 from veilspan.core.formed import Recomputed
 from veilspan.core.norms import compute_dtype, magnitudes
+from veilspan.core.projection import Projection
 
 
 @dataclass(frozen=True, kw_only=True)
