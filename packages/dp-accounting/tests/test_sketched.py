@@ -1,4 +1,4 @@
-"""Clipping by estimated norms is counted: never too little, little too much, refused where unknown."""
+"""The law of clipping by estimated norms is bounded closely, from above and from below."""
 
 import math
 from functools import cache
@@ -69,7 +69,7 @@ def exact_delta(norms, direction, epsilon, q, sigma):
     low, high = -40 * sigma, 40 * sigma
     if miss(low) >= 0:  # no output is as much in favour of absence
         return 0.0
-    c = optimize.brentq(miss, low, high, xtol=1e-12)
+    c = float(np.asarray(optimize.brentq(miss, low, high, xtol=1e-12)))
     shifted = mean_over_sizes(norms, lambda s: special.ndtr((s - c) / sigma))
     above = special.ndtr(-c / sigma)
     if direction == "remove":

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import optimize, special
 
 from veilspan.accounting import SketchedClip
-from veilspan.accounting.calibration import calibrate_noise, find_noise, largest
+from veilspan.accounting.calibration import find_noise, largest
 from veilspan.accounting.engines import (
     CertifiedEngine,
     Composed,
@@ -279,7 +279,7 @@ def test_groups_are_bounded_on_either_side_of_a_simulation():
         least = np.dot(lower.weight, special.ndtr(lower.size - c))
         assert at_least(gain) <= most
         assert at_least(1 - gain) <= 1 - least
-        assert most <= least * 1.02
+        assert most <= least * 1.05
 
 
 SKETCHED = release(SketchedClip(probes=16), steps=10)
