@@ -9,7 +9,9 @@ from scipy import optimize, special, stats
 
 from veilspan.accounting import SketchedClip
 from veilspan.accounting.engines import CertifiedEngine, PldEngine, SampledGaussian
-from veilspan.accounting.engines.norm_law import Scale, find_atoms
+from veilspan.accounting.engines.grouped import grouped_survival
+from veilspan.accounting.engines.norm_law import Atoms, Scale, find_atoms
+from veilspan.accounting.engines.shifts import HiddenShift, RevealedShift
 
 ONE_SIDED = CertifiedEngine(pld=PldEngine(one_sided=True))
 
@@ -125,6 +127,47 @@ def test_few_atoms_bound_every_half_line_from_both_sides(norms, count, sigma):
     assert sum(lower.weight) == pytest.approx(1, abs=1e-12)
     if count == 200:
         assert max(gaps) < 0.01
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+@pytest.mark.parametrize("bound", ["upper", "lower"])
+def test_law_of_groups_bounds_the_integral_over_their_sizes(groups, bound):
+    norms = SketchedClip(probes=8, groups=groups)
+    one = SketchedClip(probes=8)
+
+    def exceeds(total, many):
+        """The chance that the sum of that many independent squared sizes exceeds a total."""
+        if total < many:
+            return 1.0
+        if many == 1:
+            return float(one.exceeds(math.sqrt(total)))
+        at_one = (1 - float(one.exceeds(1.0))) * exceeds(total - 1, many - 1)
+        last = math.sqrt(total - many + 1)  # beyond it the others need not add to it
+        nodes, weights = np.polynomial.legendre.leggauss(60)
+        s = 1 + (last - 1) * (nodes + 1) / 2
+        x = 8 / s**2
+        density = stats.chi2.pdf(x, 8) * 2 * 8 / s**3
+        rest = np.array([exceeds(total - value**2, many - 1) for value in s])
+        within = float(np.dot(weights * (last - 1) / 2, density * rest))
+        return at_one + within + float(one.exceeds(last))
+
+    size, survival = grouped_survival(norms, bound)
+    for s in (1.02, 1.2, 1.6, 3.0, 8.0):
+        place = int(np.searchsorted(size, s))
+        exact = exceeds(groups * size[place] ** 2, groups)
+        if bound == "upper":
+            assert exact * (1 - 1e-7) <= survival[place] <= exact * 1.08
+        else:
+            assert exact * 0.8 <= survival[place] <= exact * (1 + 1e-7)
+
+
+def test_revealed_sizes_beyond_all_atoms_lose_no_mass():
+    atoms = Atoms(size=np.array([1.0, 2.0]), weight=np.array([0.6, 0.3]), beyond=0.1)
+    for shift in (RevealedShift(1.0, atoms), HiddenShift(1.0, atoms)):
+        masses = shift.masses(np.array([-np.inf, -1.0, 0.0, 2.0, 5.0]))
+        assert sum(masses.without) + masses.tail[0] == pytest.approx(1, abs=1e-14)
+        assert sum(masses.shifted) + masses.tail[1] == pytest.approx(1, abs=1e-14)
+        assert masses.tail[1] > 0.1
 
 
 # q, steps, ε, σ with exact norms, and how many times that the noise has to be, at δ = 1e-5.
