@@ -14,7 +14,14 @@ from veilspan.accounting.audit.command import add_audit
 from veilspan.accounting.bounds import round_up
 from veilspan.accounting.calibration import find_noise
 from veilspan.accounting.chain import LedgerError
-from veilspan.accounting.curves import CURVES, answer_curve, answer_delta, plan_of
+from veilspan.accounting.curves import (
+    CURVES,
+    add_norms,
+    answer_curve,
+    answer_delta,
+    norms_report,
+    plan_of,
+)
 from veilspan.accounting.engines import (
     CertifiedEngine,
     Engine,
@@ -113,6 +120,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampling", choices=SAMPLINGS, default="poisson")
     parser.add_argument("--batch-cap", type=int, metavar="B", help="for truncated_poisson")
     parser.add_argument("--most-records", type=int, metavar="N", help="for truncated_poisson")
+    add_norms(parser)
 
 
 def _number(text: str) -> float:
@@ -139,6 +147,7 @@ def _epsilon(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "steps": plan.steps,
         "relation": plan.relation,
         "sampling": plan.sampling,
+        **norms_report(plan),
     }
     text = f"{bounds}\nexact ε is at least {bounds.lower:.6g}; method: {bounds.method}"
     return report, text
@@ -166,6 +175,7 @@ def _noise(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "steps": options.steps,
         "relation": options.relation,
         "sampling": options.sampling,
+        **norms_report(draft),
     }
     text = (
         f"noise multiplier {round_up(bracket.noise_multiplier, 6)}\n"

@@ -1,9 +1,10 @@
-"""The commands `delta` and `curve`: what one plan answers besides its ε."""
+"""The commands `delta` and `curve`: what one plan, made from options, answers besides its ε."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from veilspan.accounting.bounds import round_up, round_up_short
 from veilspan.accounting.plan import PrivacyPlan
 from veilspan.accounting.plotting import epsilon_curve
+from veilspan.accounting.sketched import SketchedClip
 
 CURVES = ("tradeoff", "delta", "epsilon")
 Answer = tuple[dict[str, Any], str]
@@ -27,7 +29,40 @@ def plan_of(options: argparse.Namespace) -> PrivacyPlan:
         sampling=options.sampling,
         batch_cap=options.batch_cap,
         most_records=options.most_records,
+        norms=_norms(options),
     )
+
+
+def add_norms(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how the norms are estimated by which contributions are clipped."""
+    parser.add_argument("--probes", type=int, metavar="K", help="norms are estimated from K probes")
+    parser.add_argument("--blocks", type=int, metavar="B", help="of probes; default 1")
+    parser.add_argument(
+        "--probes-shared", action="store_true", help="the records of a step share their probes"
+    )
+    parser.add_argument("--norm-groups", type=int, metavar="M", help="clipped apart; default 1")
+
+
+def norms_report(plan: PrivacyPlan) -> dict[str, Any]:
+    """Return how norms are estimated, for a report; nothing where they are exact."""
+    return {} if plan.norms is None else {"norms": asdict(plan.norms)}
+
+
+def _norms(options: argparse.Namespace) -> SketchedClip | None:
+    blocks, groups = options.blocks, options.norm_groups
+    if options.probes is not None:
+        return SketchedClip(
+            probes=options.probes,
+            blocks=1 if blocks is None else blocks,
+            probes_shared=options.probes_shared,
+            groups=1 if groups is None else groups,
+        )
+    if options.probes_shared or blocks is not None or groups is not None:
+        raise ValueError(
+            "probes is missing: --blocks, --probes-shared and --norm-groups describe how norms are "
+            "estimated from --probes. Leave all of them out for exact norms."
+        )
+    return None
 
 
 def answer_delta(options: argparse.Namespace) -> Answer:
@@ -46,6 +81,7 @@ def answer_delta(options: argparse.Namespace) -> Answer:
         "sampling_probability": plan.sampling_probability,
         "steps": plan.steps,
         "relation": plan.relation,
+        **norms_report(plan),
     }
     return report, f"{bounds}\nexact δ is at least {bounds.lower:.4g}; method: {bounds.method}"
 

@@ -41,7 +41,8 @@ class PrivacyPlan:
         steps: Number of releases the plan allows for; empty batches are releases too.
         delta: δ, the probability the guarantee may fail with; far below 1 / number of records.
         clip_norm: Sensitivity of the sum: the L2 norm that one record's contribution never
-            exceeds, over all groups together, if its norm is known. Infinite only where `noise_multiplier` is 0.
+            exceeds, over all groups together, unless `norms` are estimated. Infinite only where
+            `noise_multiplier` is 0.
         expected_batch_size: The public constant by which sums are divided, in records; `None`
             where it is not known to the plan. ε does not depend on it.
         unit: Whose presence is hidden, in the singular: "record", "document", "user".

@@ -76,7 +76,7 @@ def _check_sampling(plan: PrivacyPlan) -> None:
 
 
 def check_mechanism(plan: PrivacyPlan) -> None:
-    """Raise `ValueError` unless noise, sampling probability, steps, relation and norms make sense."""
+    """Raise `ValueError` unless noise, sampling, steps, relation and norms make sense."""
     SampledGaussian(
         noise_multiplier=plan.noise_multiplier,
         sampling_probability=plan.sampling_probability,

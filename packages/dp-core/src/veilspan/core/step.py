@@ -56,7 +56,7 @@ class PrivateStep:
         noise: Noise source; a cryptographic stream with a fresh secret key unless given.
         shards: Who holds the rest of each sample and parameter; by default everything is here.
         reduction: Sum over replicas, once per logical batch.
-        on_release: Called with each `Release` before its noise exists; raising stops it. For ledgers.
+        on_release: Called with each `Release` before its noise exists; raising prevents it.
         first_step: Index of the first logical batch, after a restart.
 
     Raises:

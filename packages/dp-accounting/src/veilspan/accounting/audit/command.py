@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from veilspan.accounting.audit.one_run import OneRunAudit, audit_one_run
-from veilspan.accounting.audit.plotting import plot_audit
+from veilspan.accounting.audit.plotting import check_exact_norms, plot_audit
 from veilspan.accounting.audit.white_box import WhiteBoxAudit, audit_white_box
 from veilspan.accounting.bounds import round_up
 from veilspan.accounting.ledger import Ledger
@@ -88,6 +88,7 @@ def _white_box(rows: dict[str, Any], claim: PrivacyPlan, options: argparse.Names
             raise ValueError(
                 f"--{name} is for audits of one run; {options.file} holds repetitions of one step."
             )
+    check_exact_norms(claim)
     audit: WhiteBoxAudit = audit_white_box(
         **rows, noise_multiplier=claim.noise_multiplier, confidence=options.confidence
     )

@@ -86,8 +86,8 @@ def audit_one_run(
         confidence: Probability that the bound holds; above 1/2 and below 1.
         family: "any" assumes nothing. Others give more, but only for a mechanism that belongs to
             them: "gaussian", whose trade-off curve is a Gaussian's, as with every record in every
-            step; or a plan, for mechanisms that differ from it in the noise multiplier alone, which
-            takes some seconds.
+            step; or a plan with exact norms, for mechanisms that differ from it in the noise
+            multiplier alone, which takes some seconds.
 
     Returns:
         The bound with the guesses it comes from; 0 where they prove nothing.
@@ -137,6 +137,11 @@ _Counts = tuple[int, int, int]  # canaries, guesses, right
 
 def _bound(family: str | PrivacyPlan) -> Callable[[_Counts, float, float], float]:
     if isinstance(family, PrivacyPlan):
+        if family.norms is not None:
+            raise ValueError(
+                "family is a plan with estimated norms, whose counted law is a bound that the "
+                "mechanism need not reach; use family='any', or a plan with exact norms."
+            )
         sampled = partial(_mechanism, family)
         return partial(_bound_within, lambda sigma: sampled_gaussian_curve(sampled(sigma)), sampled)
     if family == "gaussian":

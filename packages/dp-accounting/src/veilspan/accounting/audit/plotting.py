@@ -28,7 +28,8 @@ def plot_audit(
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
-        ValueError: If the claimed ε is infinite, or the format is unknown.
+        ValueError: If the claimed ε is infinite, the format is unknown, or repetitions of one step
+            are held against a plan with estimated norms.
     """
     figure = figure_class()(figsize=(7.0, 4.2), layout="constrained")
     if plan.noise_multiplier == 0:
@@ -38,6 +39,7 @@ def plot_audit(
     axes.plot(steps, claimed, color="#1f4e79", linewidth=2, label="claimed: ε at most")
     label = f"measured: ε at least, confidence {audit.confidence:g}"
     if isinstance(audit, WhiteBoxAudit):
+        check_exact_norms(plan)
         q = plan.sampling_probability
         measured = [
             audit.epsilon_lower(plan.delta, sampling_probability=q, steps=count) for count in steps
@@ -56,3 +58,17 @@ def plot_audit(
     path = Path(path)
     figure.savefig(path, dpi=150)
     return path
+
+
+def check_exact_norms(plan: PrivacyPlan) -> None:
+    """Refuse to hold repetitions of one step against a plan whose contributions vary.
+
+    Raises:
+        ValueError: If the plan's norms are estimated.
+    """
+    if plan.norms is not None:
+        raise ValueError(
+            "norms are estimated in the plan, so that contributions vary from step to step, but "
+            "repetitions of one step are tested for contributions of at most the clip norm. Audit "
+            "whole runs or one run, or repeat the step with exact norms (norms=None)."
+        )

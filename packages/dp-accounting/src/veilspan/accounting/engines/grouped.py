@@ -80,9 +80,9 @@ def _mean(first: Array, groups: int, second: Array, more: int, bound: Bound) -> 
     kept = [law[:-1] > _NEGLIGIBLE for law in (first, second)]
     value = np.add.outer(share * node[kept[0]], (1 - share) * node[kept[1]])
     product = np.multiply.outer(first[:-1][kept[0]], second[:-1][kept[1]])
-    total = np.bincount(
-        _place(value, bound).ravel(), weights=product.ravel(), minlength=len(node) + 1
-    )
+    place = _place(value, bound).ravel()
+    total = np.zeros(len(node) + 1)
+    total += np.bincount(place, weights=product.ravel(), minlength=len(total))
     if bound == "upper":  # whatever is left out counts as beyond
         left, right = (
             float(law[:-1][~k].sum() + law[-1])

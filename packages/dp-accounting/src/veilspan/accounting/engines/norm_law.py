@@ -1,18 +1,21 @@
 """The law of a contribution whose norm was estimated, as few atoms that bound it from either side.
 
 Moving mass to a larger size gives a pair that dominates, moving it to a smaller one a pair that is
-dominated. That alone costs the width of a cell. Within a cell [a, b] of width Δ much less does:
+dominated. That alone costs the width of a cell. In a cell [a, b] of width Δ much less is enough:
 
-- upper: mass is split between the ends so that its mean is kept, and the ends are moved up by τ;
-- lower: mass is put at its mean, moved down by τ.
+- upper: mass is split between the two ends so that its mean is kept, and the ends move up by τ;
+- lower: mass is put at its mean, which moves down by τ.
 
-The divergences are suprema over c of means of g(s) = Φ((s - c)/σ), of the hidden size and, for each
-revealed size, with the best c. Where z = (s - c)/σ ≤ Z in the cell, g'' ≥ -Z g'/σ, and g' changes by
-at most a factor e^(Zw) over the width w = (Δ + τ)/σ. The split loses at most Δ²/8 · sup(-g'') and
-the move by τ gains at least τ · inf g', so `τ = Δ² Z/(8σ) · e^(2ZΔ/σ) ≤ Δ` is enough. Where z > Z
-at least Φ(Z - w) of the mass is on one side anyway, so at most κ = Φ(w - Z) is lost; then c < 0, if
-the cell ends below Zσ. There Q(x > c) ≥ 1/2 at a ratio of at least 1 - q, so that taking a share of
-2qκ/(1 - q) from Q makes up for it: far less than what is given away for rounding.
+The divergences come from means of g(s) = Φ((s - c)/σ) over the sizes: with one c for all of them if
+the size is hidden, and the best c for each if it is revealed. So it is enough to bound g cell by
+cell, for every c. With z = (s - c)/σ, -g'' is z/σ times g', and g' changes by a factor of at most
+e^(Zw) over a width of wσ = Δ + τ, if z ≤ Z in it. Splitting loses at most Δ²/8 · sup(-g''), as does
+averaging, and the move gains at least τ · inf g': τ = Δ² Z/(8σ) · e^(2ZΔ/σ), if at most Δ, will do.
+
+If z > Z somewhere in the cell, g is above 1 - κ in all of it, κ = Φ(w - Z), so that at most κ is
+lost. As cells end below Zσ, c is negative then: Q(x > c) ≥ 1/2, and the ratio P/Q there is at least
+1 - q. Taking a share of 2qκ/(1 - q) from Q makes up for it. Z is so large that this is far less
+than what is given away for rounding. Larger sizes are rounded without a split.
 """
 
 from __future__ import annotations

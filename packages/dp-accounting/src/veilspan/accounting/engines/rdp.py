@@ -32,9 +32,9 @@ class RdpEngine:
     """Bound ε by the best integer order of the Rényi divergence; the lower bound is 0.
 
     Guarantee:
-        For add/remove and exact norms only. The moment of the remove direction is at least that of the add
-        direction (Mironov, Talwar, Zhang 2019, https://arxiv.org/abs/1908.10530, Theorem 5), so one
-        number covers both.
+        For add/remove and exact norms only. The moment of the remove direction is at least that of
+        the add direction (Mironov, Talwar, Zhang 2019, https://arxiv.org/abs/1908.10530, Theorem
+        5), so one number covers both.
         Converted by Canonne, Kamath, Steinke (2020), https://arxiv.org/abs/2004.00010, Prop. 12.
     """
 
