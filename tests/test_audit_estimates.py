@@ -134,7 +134,7 @@ def test_the_law_is_tight_for_a_gradient_of_rank_one() -> None:
     assert honest.measured > 0.85 * honest.allowed
 
 
-def test_signs_in_place_of_normals_are_found() -> None:
+def test_pitfall_58_signs_in_place_of_normals_are_found() -> None:
     """On a gradient with two equal coordinates, two signs cancel half of the time."""
     record = torch.zeros(1, 200, WIDTH)
     record[..., :2] = 1e3
@@ -145,7 +145,7 @@ def test_signs_in_place_of_normals_are_found() -> None:
     assert found.verdict == "contradicted", found
 
 
-def test_probes_that_are_used_again_are_found() -> None:
+def test_pitfall_58_probes_that_are_used_again_are_found() -> None:
     """One draw in about two is too low, and then it is too low every time."""
     verdicts = [
         audit(
@@ -158,6 +158,6 @@ def test_probes_that_are_used_again_are_found() -> None:
     assert verdicts.count("contradicted") >= 2, verdicts
 
 
-def test_probes_that_are_all_alike_are_found() -> None:
+def test_pitfall_58_probes_that_are_all_alike_are_found() -> None:
     found = audit(Sketch(probes=8, blocks=1, stream=Alike()), rank_one())
     assert found.verdict == "contradicted", found

@@ -30,7 +30,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 
 @on_every_mesh
-def test_projections_are_added_over_ranks_before_they_are_squared(found, mesh):
+def test_pitfall_59_projections_are_added_over_ranks_before_they_are_squared(found, mesh):
     """The factors are those of whole gradients times whole probes; the sums those of records."""
     for report in found[mesh]:
         assert len(report["clipped sums"]) == 20
@@ -51,7 +51,7 @@ def test_ranks_of_a_sequence_agree_on_a_fresh_key(found, mesh):
 
 
 @on_every_mesh
-def test_streams_that_differ_between_ranks_are_refused(found, mesh):
+def test_pitfall_59_streams_that_differ_between_ranks_are_refused(found, mesh):
     for report in found[mesh]:
         assert "not the same on the" in report["own keys"]["refusal"]
 

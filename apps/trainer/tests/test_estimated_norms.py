@@ -124,7 +124,7 @@ def release(**changes: Any) -> Release:
         ({"noise_multiplier": 1.1}, None),
     ],
 )
-def test_no_release_passes_that_the_plan_does_not_count(
+def test_pitfall_57_no_release_passes_that_the_plan_does_not_count(
     tmp_path: Path, changes: dict[str, Any], message: str | None
 ) -> None:
     plan = PrivacyPlan(

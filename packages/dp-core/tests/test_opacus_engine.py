@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from veilspan.core import Flat, PrivateStep, UnsupportedModelError, new_key, poisson_batches
+from veilspan.core import (
+    Flat,
+    PrivacyError,
+    PrivateStep,
+    Sketch,
+    UnsupportedModelError,
+    new_key,
+    poisson_batches,
+)
 from veilspan.core.opacus import opacus_accountant, use_veilspan_norms
 
 opacus = pytest.importorskip("opacus")
@@ -205,6 +213,22 @@ def test_the_accountant_counts_the_epsilon_that_opacus_counts_itself(name):
         reference.step(noise_multiplier=sigma, sample_rate=q)
     assert accountant.history == reference.history
     assert accountant.get_epsilon(1e-5) == reference.get_epsilon(1e-5)
+
+
+def test_pitfall_57_the_accountant_of_opacus_refuses_estimated_norms():
+    accountant, model = accountants.RDPAccountant(), nn.Linear(3, 1)
+    step = PrivateStep(
+        model,
+        clipping=Flat(clip_norm=1.0),
+        noise_multiplier=1.0,
+        expected_batch_size=4,
+        norms=Sketch(),
+        on_release=opacus_accountant(accountant, sampling_probability=0.2),
+    )
+    with pytest.raises(PrivacyError, match="Norms are estimated"), step:
+        step.backward(model(torch.randn(2, 3)).square().sum(1))
+    assert accountant.history == []
+    assert model.weight.grad is None
 
 
 def test_the_accountant_of_a_privacy_engine_is_that_of_its_own_training():

@@ -269,7 +269,7 @@ def rank_one_step(**options):
 
 
 @pytest.mark.usefixtures("always_estimate")
-def test_probes_are_fresh_for_every_record_micro_batch_and_attempt():
+def test_pitfall_58_probes_are_fresh_for_every_record_micro_batch_and_attempt():
     step, record = rank_one_step(), 1e4 * torch.ones(1, 1, 16)
     seen = [contributions_of(step, record) for _ in range(3)]
     with pytest.raises(RuntimeError, match="stop"), step:  # nothing of it was released

@@ -70,12 +70,16 @@ class SequenceShards(Protocol):
 
 @runtime_checkable
 class SplitModel(SequenceShards, Protocol):
-    """Shards of a model whose clipped sums ranks can add up: each keeps the part that it owns.
+    """Shards of a model whose clipped sums ranks can add up: each keeps the part that it owns."""
 
-    Where `degree` is 1 the ranks hold different records, and no gradient may be summed over them
-    before it is clipped. Where it is larger they hold parts of the same sequences, and a record's
-    contribution is the sum over them.
-    """
+    @property
+    def different_records(self) -> bool:
+        """Whether the ranks hold whole sequences of their own, rather than parts of the same ones.
+
+        Then no gradient may be summed over them before it is clipped; else a record's contribution
+        is the sum over them.
+        """
+        ...
 
     def scatter(self, parameter: Tensor, total: Tensor) -> Callable[[], Tensor]:
         """Begin to sum `total`, the shape of the whole parameter, over the ranks.
@@ -92,7 +96,7 @@ class SplitModel(SequenceShards, Protocol):
 
 def split_by_record(shards: SequenceShards) -> TypeGuard[SplitModel]:
     """Return whether ranks with different records, whole sequences each, split the model."""
-    return isinstance(shards, SplitModel) and shards.degree == 1
+    return isinstance(shards, SplitModel) and shards.different_records
 
 
 @runtime_checkable

@@ -216,7 +216,7 @@ class ClippedSum:
             local = self._shards.local(parameter.detach())
             self._total(name, local.shape, local)
         # Replicas that split the model have added up their sums already.
-        summed = self.together is not None and self.together.degree == 1
+        summed = self.together is not None and self.together.different_records
         sums = [] if summed else [self._sums[name] for name in self._parameters]
         reduction.sum_([*sums, *extra])
 

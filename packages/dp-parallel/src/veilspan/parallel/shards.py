@@ -192,6 +192,11 @@ class ContextShards(_RowShards):
         super().__init__(mesh, "context")
 
     @property
+    def different_records(self) -> bool:
+        """The ranks of the context axis hold parts of the same sequences."""
+        return False
+
+    @property
     def degree(self) -> int:
         """Number of ranks that hold one sequence together."""
         return self._mesh.context_degree
@@ -253,6 +258,11 @@ class ReplicaShards(_RowShards):
                 "ReplicaShards needs whole sequences. Use ContextShards(mesh), or context=1."
             )
         super().__init__(mesh, "replicate")
+
+    @property
+    def different_records(self) -> bool:
+        """The ranks of the replicate axis hold records of their own."""
+        return True
 
     @property
     def degree(self) -> int:

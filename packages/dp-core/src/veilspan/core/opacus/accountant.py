@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from veilspan.core.errors import PrivacyError
 from veilspan.core.opacus.installed import opacus
 from veilspan.core.release import Release
 
@@ -25,6 +26,7 @@ def opacus_accountant(
         TypeError: If `accountant` is not an Opacus accountant.
         ValueError: If `sampling_probability` is outside of (0, 1].
         ImportError: If Opacus is missing or older than 1.6.
+        PrivacyError: By the function, at a release whose norms are estimated.
 
     Guarantee:
         The accountant composes one Gaussian mechanism of the step's noise multiplier, subsampled by
@@ -63,6 +65,11 @@ def opacus_accountant(
         )
 
     def count(release: Release) -> None:
+        if release.norms is not None:
+            raise PrivacyError(
+                f"Norms are estimated ({release.norms}), which Opacus does not count: its ε would "
+                "be too small. Use exact norms, or veilspan.accounting with SketchedClip."
+            )
         counted.step(
             noise_multiplier=release.noise_multiplier, sample_rate=float(sampling_probability)
         )
