@@ -98,7 +98,7 @@ def name(norms):
 @pytest.mark.parametrize("norms", LAWS, ids=name)
 @pytest.mark.parametrize(
     ("q", "sigma", "epsilon"),
-    [(0.1, 1.5, 1.0), (0.01, 0.6, 0.3), (0.5, 2.0, 0.5), (0.001, 0.45, 2.0), (0.3, 4.0, 0.05)],
+    [(0.1, 1.5, 1.0), (0.01, 0.6, 0.3), (0.5, 2.0, 0.5), (0.001, 0.45, 2.0)],
 )
 def test_bounds_of_one_step_enclose_the_integral_over_sizes(norms, q, sigma, epsilon):
     exact = max(exact_delta(norms, d, epsilon, q, sigma) for d in ("remove", "add"))

@@ -1,6 +1,7 @@
 """Plans, ledgers, statements and commands carry how norms are estimated."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from veilspan.accounting.__main__ import main
 from veilspan.accounting.audit import audit_one_run, audit_white_box
 from veilspan.accounting.audit.plotting import plot_audit
 from veilspan.accounting.audit.whole_runs import WholeRunsAudit
-from veilspan.accounting.plotting import epsilon_curve
+from veilspan.accounting.plotting import epsilon_curve, plot_epsilon
 
 NORMS = SketchedClip(probes=16)
 SETTINGS = {"sampling_probability": 0.01, "steps": 200, "delta": 1e-5}
@@ -250,3 +251,23 @@ def test_audits_that_take_contributions_for_bounded_refuse(capsys, tmp_path):
     audit = audit_white_box(noise[0] + 1, noise[1], noise_multiplier=1.0)
     with pytest.raises(ValueError, match="norms are estimated"):
         plot_audit(PLAN, audit, tmp_path / "audit.svg")
+
+
+@pytest.mark.parametrize("arguments", [["curve", "--of", "epsilon"], ["curve", "--of", "delta"]])
+def test_curves_without_a_guarantee_are_refused(capsys, arguments):
+    options = ["--sampling-probability", "0.1", "--steps", "100000", "--delta", "1e-9"]
+    law = ["--noise-multiplier", "0.3", "--probes", "1"]
+    assert main([*arguments, *options, *law]) == 2
+    assert "ε is infinite" in capsys.readouterr().err
+
+
+def test_picture_without_a_guarantee_is_refused(tmp_path):
+    plan = replace(PLAN, norms=SketchedClip(probes=1), noise_multiplier=0.3, steps=10**5)
+    with pytest.raises(ValueError, match="ε is infinite"):
+        plot_epsilon(plan, tmp_path / "epsilon.svg")
+    assert not (tmp_path / "epsilon.svg").exists()
+
+
+def test_text_says_that_lower_bounds_are_about_the_counted_law(capsys):
+    assert main(["epsilon", "--noise-multiplier", "1", *OPTIONS, "--probes", "16"]) == 0
+    assert "counted ε is at least" in capsys.readouterr().out

@@ -19,6 +19,7 @@ from veilspan.accounting.curves import (
     add_norms,
     answer_curve,
     answer_delta,
+    counted,
     norms_report,
     plan_of,
 )
@@ -149,7 +150,8 @@ def _epsilon(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "sampling": plan.sampling,
         **norms_report(plan),
     }
-    text = f"{bounds}\nexact ε is at least {bounds.lower:.6g}; method: {bounds.method}"
+    least = f"{counted(plan)} ε is at least {bounds.lower:.6g}"
+    text = f"{bounds}\n{least}; method: {bounds.method}"
     return report, text
 
 

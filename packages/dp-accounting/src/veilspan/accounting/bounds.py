@@ -17,7 +17,8 @@ class EpsilonBounds:
     Only `upper` may be reported: it holds in both directions of the neighbouring relation.
 
     Args:
-        lower: The true ε is at least this.
+        lower: The true ε is at least this; where norms are estimated, the ε of the law which stands
+            for the estimates.
         estimate: A number between the two bounds, for plots and comparisons.
         upper: The true ε is at most this; infinity where nothing is guaranteed.
         delta: The δ that the three numbers belong to.
@@ -61,7 +62,8 @@ class DeltaBounds:
     Only `upper` may be reported.
 
     Args:
-        lower: The true δ is at least this.
+        lower: The true δ is at least this; where norms are estimated, the δ of the law which stands
+            for the estimates.
         estimate: A number between the two bounds.
         upper: The true δ is at most this; 1 where nothing is guaranteed.
         epsilon: The ε that the three numbers belong to.

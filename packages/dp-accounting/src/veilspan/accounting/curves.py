@@ -48,6 +48,11 @@ def norms_report(plan: PrivacyPlan) -> dict[str, Any]:
     return {} if plan.norms is None else {"norms": asdict(plan.norms)}
 
 
+def counted(plan: PrivacyPlan) -> str:
+    """Return what lower bounds are about: the mechanism, or the law that stands for it."""
+    return "exact" if plan.norms is None else "counted"
+
+
 def _norms(options: argparse.Namespace) -> SketchedClip | None:
     blocks, groups = options.blocks, options.norm_groups
     if options.probes is not None:
@@ -83,7 +88,8 @@ def answer_delta(options: argparse.Namespace) -> Answer:
         "relation": plan.relation,
         **norms_report(plan),
     }
-    return report, f"{bounds}\nexact δ is at least {bounds.lower:.4g}; method: {bounds.method}"
+    least = f"{counted(plan)} δ is at least {bounds.lower:.4g}"
+    return report, f"{bounds}\n{least}; method: {bounds.method}"
 
 
 def answer_curve(options: argparse.Namespace) -> Answer:
@@ -93,6 +99,8 @@ def answer_curve(options: argparse.Namespace) -> Answer:
     plan = plan_of(options)
     if plan.noise_multiplier == 0:
         raise ValueError("noise_multiplier is 0, so ε is infinite and there is no curve.")
+    if options.of != "tradeoff" and math.isinf(plan.epsilon().upper):
+        raise ValueError("ε is infinite, so there is no curve; add noise or probes.")
     return {"tradeoff": _tradeoff, "delta": _delta, "epsilon": _epsilon}[options.of](
         plan, options.points
     )

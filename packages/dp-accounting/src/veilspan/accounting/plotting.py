@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ def plot_epsilon(
     if plan.noise_multiplier == 0:
         raise ValueError("noise_multiplier is 0, so ε is infinite and there is nothing to plot.")
     steps, epsilon = zip(*epsilon_curve(plan), strict=True)
+    if math.isinf(max(epsilon)):
+        raise ValueError("ε is infinite, so there is nothing to plot; add noise or probes.")
     axes = figure.add_subplot()
     axes.plot(steps, epsilon, color="#1f4e79", linewidth=2, label="ε, upper bound")
     if budget_epsilon is not None:
