@@ -49,6 +49,11 @@ print(out.shape[1] - ids.input_ids.shape[1])
 PARALLEL = {
     "one": {},
     "two": {"parallel__context": 2},
+    "estimated": {
+        "parallel__context": 2,
+        "privacy__norm_probes": 8,
+        "compute__microbatch_size": 2,
+    },
     "split": {
         "parallel__replicate": 2,
         "parallel__shard": "replicate",
@@ -64,7 +69,8 @@ def finished(
 ) -> Path:
     """A finished run: on one process by a call, on two by the command line under torchrun.
 
-    Two that hold each sequence together, and two that hold the model together.
+    Two that hold each sequence together, with exact and with estimated norms, and two that hold
+    the model together.
     """
     root = tmp_path_factory.mktemp(request.param)
     recipe = recipe_in(root, **PARALLEL[request.param])

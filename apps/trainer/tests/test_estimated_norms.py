@@ -75,7 +75,7 @@ def test_the_forecast_counts_the_law(tmp_path: Path, recipe_in: Callable[..., Re
         ({"privacy__groups": "layer"}, "privacy.groups"),
         ({"compute__norms": "gram"}, "compute.norms"),
         ({"compute__backward": "per_sample"}, "compute.backward"),
-        ({"parallel__context": 2}, "parallel.context"),
+        ({"parallel__context": 2, "privacy__sums": "exact"}, "privacy.sums"),
     ],
 )
 def test_what_estimates_do_not_go_with_is_refused(

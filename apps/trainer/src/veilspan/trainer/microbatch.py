@@ -42,7 +42,7 @@ def settled_microbatch(recipe: Recipe) -> Microbatch | None:
     size = recipe.compute.microbatch_size
     if size != "auto":
         return Microbatch(size=size, reason="set by the recipe")
-    if recipe.parallel.context > 1:
+    if recipe.parallel.context > 1 and recipe.privacy.norm_probes is None:
         return Microbatch(size=1, reason="processes share one sequence at a time")
     if recipe.compute.backward == "single_sample":
         return Microbatch(size=1, reason='backward = "single_sample" takes one at a time')
@@ -72,7 +72,7 @@ def chosen_microbatch(
     free = free_bytes(device) // (1 if device.type == "cuda" else recipe.processes)
     assert plan.expected_batch_size is not None  # budget.privacy_plan always sets it
     return fastest_that_fits(
-        lambda most: fastest(recipe.data.sequence_length, most),
+        lambda most: fastest(recipe.data.sequence_length // recipe.parallel.context, most),
         bytes_free=free - (sum(memory.values()) - per_unit),
         bytes_per_unit=per_unit,
         expected=plan.expected_batch_size / recipe.parallel.replicate,

@@ -72,6 +72,8 @@ class Recipe(Section):
                 f"{context} with layout {layout} cannot divide into {pieces} equal pieces; "
                 f"set data.sequence_length to {nearest} or change parallel.context"
             )
+        if self.privacy.norm_probes is not None:
+            return  # processes add up projections, of several sequences at a time
         if self.compute.microbatch_size not in (1, "auto"):
             raise ValueError(
                 f"compute.microbatch_size is {self.compute.microbatch_size}; with "
@@ -111,11 +113,12 @@ class Recipe(Section):
     def _check_norms(self) -> None:
         if self.privacy.norm_probes is None:
             return
+        split = self.parallel.context > 1
         for name, value, allowed in (
             ("privacy.groups", self.privacy.groups, ("flat",)),
             ("compute.norms", self.compute.norms, ("auto",)),
             ("compute.backward", self.compute.backward, ("auto", "two_pass", "bookkeeping")),
-            ("parallel.context", self.parallel.context, (1,)),
+            ("privacy.sums", self.privacy.sums, ("fp32",) if split else ("fp32", "exact")),
         ):
             if value not in allowed:
                 choices = " or ".join(f'"{a}"' if isinstance(a, str) else str(a) for a in allowed)
