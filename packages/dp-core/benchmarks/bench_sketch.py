@@ -8,7 +8,7 @@ are exact without it; `sketch` estimates it. Operations are counted while they r
 is the growth of the resident high-water mark. A step is a logical batch of a decoder: forward,
 backward, clipping, noise and the optimizer; methods take turns within a round, and the ratio is
 plain seconds over method seconds, paired by round. `rank` is the effective rank (Σλ)²/Σλ² of the
-per-record gradients of that decoder, λ the eigenvalues of all weights' GGᵀ together.
+per-record gradients of such a decoder on real text, λ the eigenvalues of all weights' GGᵀ together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,14 +131,33 @@ def _scratch_mib(method: Callable[[], Tensor]) -> float:
     return high_water_mib() - before
 
 
-def effective_ranks(shape: Shape, records: int) -> list[float]:
-    """Return the effective rank of each record's gradient, over all weight matrices."""
+def effective_ranks(shape: Shape, records: int, steps: int) -> dict[str, list[float]]:
+    """Return the effective rank of each record's gradient, over all weight matrices.
+
+    The model reads the bytes of this repository's pages: with its first weights, then after some
+    steps of plain training on them.
+    """
     model = shape.model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    pages = sorted(Path(__file__).parents[3].glob("docs/**/*.md"))
+    text = torch.tensor(list(b"".join(page.read_bytes() for page in pages)))
+    starts = torch.randint(
+        len(text) - shape.length, (steps + 1, records), generator=torch.Generator().manual_seed(0)
+    )
+    batches = [torch.stack([text[s : s + shape.length] for s in row]) for row in starts]
+    found = {"first weights": _ranks(shape, model, batches[-1])}
+    for batch in batches[:-1]:
+        optimizer.zero_grad()
+        shape.losses(model, batch).mean().backward()
+        optimizer.step()
+    return {**found, f"after {steps} steps": _ranks(shape, model, batches[-1])}
+
+
+def _ranks(shape: Shape, model: nn.Module, batch: Tensor) -> list[float]:
     ranks = []
-    for tokens in shape.tokens(1)[:1].repeat(records, 1).split(1):
-        fresh = torch.randint_like(tokens, shape.vocabulary)
+    for tokens in batch.split(1):
         model.zero_grad()
-        shape.losses(model, fresh).sum().backward()
+        shape.losses(model, tokens).sum().backward()
         total = square = 0.0
         for parameter in model.parameters():
             grad = parameter.grad
@@ -195,10 +214,11 @@ def markdown(result: dict[str, Any]) -> str:
         f"| {row['ratio']['median']:.2f} |"
         for row in steps
     ]
+    lines += ["", "| effective rank of a record's gradient | median | smallest | largest |"]
+    lines += ["| --- | --- | --- | --- |"]
     lines += [
-        "",
-        f"Effective rank of the gradients of {len(ranks)} records: median "
-        f"{statistics.median(ranks):.0f}, from {min(ranks):.0f} to {max(ranks):.0f}.",
+        f"| {when} | {statistics.median(found):.0f} | {min(found):.0f} | {max(found):.0f} |"
+        for when, found in ranks.items()
     ]
     return "\n".join(lines)
 
@@ -232,7 +252,11 @@ def main() -> None:
         "date": today(),
         "machine": machine(),
         "layers": [row for layer in layers for row in layer_rows(layer, options.rounds)],
-        "ranks": effective_ranks(shape, 2 if options.quick else 8),
+        "ranks": effective_ranks(
+            replace(shape, length=length // 4, vocabulary=256, records=8),
+            2 if options.quick else 8,
+            2 if options.quick else 100,
+        ),
         "steps": step_rows(shape, methods, limits),
     }
     print(markdown(result))
