@@ -1,9 +1,10 @@
 """Time of one ε and of one noise calibration, against other accountants that are installed.
 
 Run `python benchmarks/bench_epsilon.py --json result.json`. Every row names its upper bound, so
-that a faster but looser answer shows; `times ours` is the library's time over ours in that row.
-Each question is asked once, after another one that loads the library, so that neither imports nor
-caches count.
+that a faster but looser answer shows; `times ours` is the library's time over that of `veilspan` in
+that row. `veilspan` gives an upper bound, as the others do; `veilspan both` is the default engine,
+which gives a lower bound too and refines until they are close. Each question is asked once, after
+another one that loads the library, so that neither imports nor caches count.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from veilspan.accounting.calibration import calibrate_noise
-from veilspan.accounting.engines import CertifiedEngine, SampledGaussian
+from veilspan.accounting.engines import CertifiedEngine, PldEngine, SampledGaussian, question
 
 # q, σ, T, δ
 SETTINGS = [
@@ -32,14 +33,26 @@ SETTINGS = [
     (0.001, 5.0, 1_000_000, 1e-9),
     (0.01, 1.0, 1_000, 1e-13),
 ]
+MARKS = ("<!-- epsilon: made by bench_epsilon.py --markdown -->", "<!-- epsilon: end -->")
 WARM_UP = (0.02, 2.0, 100, 1e-5)
 # target ε, δ, q, T
 CALIBRATIONS = [(3.0, 1e-6, 0.01, 1_000), (0.05, 1e-6, 0.01, 1_000)]
 
 
 def ours(q: float, sigma: float, steps: int, delta: float) -> float:
+    return our_epsilon((q, sigma, steps, delta), one_sided=True)
+
+
+def ours_both(q: float, sigma: float, steps: int, delta: float) -> float:
+    return our_epsilon((q, sigma, steps, delta), one_sided=False)
+
+
+def our_epsilon(setting: tuple[float, float, int, float], *, one_sided: bool) -> float:
+    q, sigma, steps, delta = setting
+    question._grid.cache_clear()  # the other engine may have asked the same
     mechanism = SampledGaussian(noise_multiplier=sigma, sampling_probability=q, steps=steps)
-    return CertifiedEngine().epsilon(mechanism, delta).upper
+    engine = CertifiedEngine(pld=PldEngine(one_sided=one_sided))
+    return engine.epsilon(mechanism, delta).upper
 
 
 def prv_accountant(q: float, sigma: float, steps: int, delta: float) -> float:
@@ -120,6 +133,7 @@ def cpu_name() -> str:
 def rows() -> list[dict[str, Any]]:
     epsilon = {
         "veilspan": ours,
+        "veilspan both": ours_both,
         "prv-accountant": prv_accountant,
         "opacus": opacus,
         "dp-accounting": dp_accounting,
@@ -152,9 +166,38 @@ def with_ratios(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return measured
 
 
+def markdown(report: dict[str, Any]) -> str:
+    """Return the table of the documentation."""
+    lines = [
+        "| question | library | upper bound | time | times ours |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in report["rows"]:
+        value = f"{row['value']:.6g}" if "value" in row else row["error"]
+        seconds = f"{1e3 * row['seconds']:.1f} ms" if "seconds" in row else ""
+        times = f"{row['times_ours']:.1f}" if "times_ours" in row else ""
+        what = "ε" if row["task"] == "epsilon" else "σ"
+        lines.append(
+            f"| {what} at {_setting(row)} | {row['library']} | {value} | {seconds} | {times} |"
+        )
+    return "\n".join(lines)
+
+
+def _setting(row: dict[str, Any]) -> str:
+    names = {"target_epsilon": "ε", "q": "q", "sigma": "σ", "steps": "T", "delta": "δ"}
+    return ", ".join(f"{short} = {row[name]:g}" for name, short in names.items() if name in row)
+
+
+def insert(text: str, page: Path) -> None:
+    """Put the table between its marks in a page."""
+    head, rest = page.read_text().split(MARKS[0])
+    page.write_text(f"{head}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the result")
+    parser.add_argument("--markdown", type=Path, help="put the table into this page")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     report = {"machine": machine(), "rows": rows()}
@@ -172,6 +215,8 @@ def main() -> None:
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2) + "\n")
+    if options.markdown:
+        insert(markdown(report), options.markdown)
 
 
 if __name__ == "__main__":

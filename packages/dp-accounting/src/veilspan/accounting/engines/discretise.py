@@ -43,6 +43,19 @@ class GridLoss:
         return self.origin + self.spacing * self.index
 
 
+@dataclass(frozen=True)
+class Search:
+    """How the first event of a lower bound is searched for.
+
+    Args:
+        guide: A step much like the one in question, and cheaper; that one itself if there is none.
+        tolerance: In cells.
+    """
+
+    guide: OneStep | None = None
+    tolerance: float = 1e-3
+
+
 def dominating(
     step: OneStep, direction: Literal["remove", "add"], spacing: float, largest: float
 ) -> GridLoss:
@@ -69,23 +82,27 @@ def dominated(
     direction: Literal["remove", "add"],
     spacing: float,
     largest: float,
-    guide: OneStep | None = None,
+    search: Search | None = None,
 ) -> GridLoss:
     """Return a loss that the direction's dominates: every ε computed from it is a lower bound.
 
     The losses up to some `first` become one event, and the grid is aligned with the loss of that
     event: away from it, the event's whole mass would have to be rounded down. Any `first` is
     valid; the one that loses least lies where excess and deficit happen to meet at every node. It
-    is searched for with `guide`, a step much like this one and cheaper, if there is one.
+    is searched for as `search` says.
     """
-    guide = step if guide is None else guide
+    search = Search() if search is None else search
+    guide = step if search.guide is None else search.guide
 
     def loss_given_away(first: float) -> float:
         grid = _dominated_from(first * spacing, guide, direction, spacing, largest)
         return float(np.dot(grid.mass, np.exp(-grid.loss)))
 
     best = minimize_scalar(
-        loss_given_away, bounds=(0.2, 1.3), method="bounded", options={"xatol": 1e-3, "maxiter": 16}
+        loss_given_away,
+        bounds=(0.2, 1.3),
+        method="bounded",
+        options={"xatol": search.tolerance, "maxiter": 16},
     )
     return _dominated_from(best.x * spacing, step, direction, spacing, largest)
 

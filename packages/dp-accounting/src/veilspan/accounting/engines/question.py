@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
 
-from veilspan.accounting.engines.closed_form import SMALLEST_DELTA
+from veilspan.accounting.engines.closed_form import SMALLEST_DELTA, gaussian_epsilon
 from veilspan.accounting.engines.compose import Composition, WindowTooWideError
-from veilspan.accounting.engines.discretise import GridLoss, dominated, dominating
+from veilspan.accounting.engines.discretise import GridLoss, Search, dominated, dominating
 from veilspan.accounting.engines.one_step import LARGEST_LOSS, OneStep
 from veilspan.accounting.engines.protocol import EngineError
 from veilspan.accounting.engines.sketched_step import sketched_step
@@ -29,6 +29,7 @@ _LOST = 1e-10
 _ROUGH_TRANSFORM = 1 << 14
 _COARSENINGS = 12
 _GUESSES = 2
+_SKEWNESS = 0.02  # below it a sum is normal enough for a guess
 # Losses where norms are estimated may be rare and huge: far above ε they may count as infinite.
 _FIRST_LARGEST, _FAR_ABOVE = 100.0, 50.0
 # Atoms of the law of a contribution with an estimated norm: at the first fineness, for a first look
@@ -100,6 +101,9 @@ class Question:
 
     def _rough(self, direction: OneDirection) -> float | None:
         """Return slightly less than ε, or nothing, from two transforms that cost very little."""
+        normal = self._nearly_normal()
+        if normal is not None:
+            return 0.95 * gaussian_epsilon(normal, self.delta)
         transform = min(_ROUGH_TRANSFORM, self.largest_transform)
         rough = replace(self, largest_transform=transform, rough=True)
         guess = None
@@ -112,6 +116,21 @@ class Question:
                 guess = 0.95 * epsilon if guess is None else min(guess, 0.95 * epsilon)
         return guess
 
+    def _nearly_normal(self) -> float | None:
+        """Return the standard deviation of the composed loss where it is normal but for a trifle.
+
+        The loss of one step is about q (e^g - 1), with a growth g that is normal of variance 1/σ².
+        """
+        square = cube = 0.0
+        for part in self.parts:
+            if part.norms is not None or part.relation == "replace" or part.noise_multiplier < 1:
+                return None
+            spread = math.expm1(part.noise_multiplier**-2)
+            one = part.sampling_probability * math.sqrt(spread)
+            square += part.steps * one**2
+            cube += part.steps * one**3 * (spread + 3) * math.sqrt(spread)
+        return math.sqrt(square) if cube < _SKEWNESS * square**1.5 else None
+
     def _compose(
         self, direction: OneDirection, bound: Bound, fineness: float, guess: float | None
     ) -> Composition:
@@ -121,6 +140,7 @@ class Question:
         law = _Law(
             atoms=_ROUGH_ATOMS if self.rough else math.ceil(_ATOMS * COARSE / fineness),
             largest=self._largest_loss(guess),
+            tolerance=1e-3 if fineness < COARSE else 0.05,
         )
         # Far more than atoms for the law of a contribution may lose; see `norm_law`.
         lost = self.delta * _LOST if self._sketched else 0.0
@@ -155,10 +175,17 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class _Law:
-    """How finely the law of a contribution with an estimated norm is treated."""
+    """How finely a grid is made, apart from its spacing.
+
+    Args:
+        atoms: Of the law of a contribution with an estimated norm.
+        largest: Losses above it count as infinite there.
+        tolerance: Of the search for the best lower bound.
+    """
 
     atoms: int
     largest: float
+    tolerance: float
 
 
 def _step(part: SampledGaussian) -> OneStep | SymmetricStep:
@@ -184,7 +211,7 @@ def _grid(
         if bound == "upper":
             return dominating(step, direction, spacing, largest)
         guide = sketched_step(one, bound, _GUIDE_ATOMS, tail)
-        return dominated(step, direction, spacing, largest, guide)
+        return dominated(step, direction, spacing, largest, Search(guide, law.tolerance))
     step = _step(one)
     if isinstance(step, SymmetricStep):
         build = step.dominating if bound == "upper" else step.dominated
@@ -192,4 +219,4 @@ def _grid(
     largest = step.largest_excess(tail)
     if bound == "upper":
         return dominating(step, direction, spacing, largest)
-    return dominated(step, direction, spacing, largest)
+    return dominated(step, direction, spacing, largest, Search(tolerance=law.tolerance))
