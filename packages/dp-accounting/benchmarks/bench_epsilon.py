@@ -169,7 +169,7 @@ def with_ratios(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def markdown(report: dict[str, Any]) -> str:
     """Return the table of the documentation."""
     lines = [
-        "| question | library | upper bound | time | times ours |",
+        "| question | library | answer | time | times ours |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in report["rows"]:

@@ -253,7 +253,7 @@ def main() -> None:
         "machine": machine(),
         "layers": [row for layer in layers for row in layer_rows(layer, options.rounds)],
         "ranks": effective_ranks(
-            replace(shape, length=length // 4, vocabulary=256, records=8),
+            replace(shape, length=length // 8, vocabulary=256, records=4),
             2 if options.quick else 8,
             2 if options.quick else 100,
         ),
