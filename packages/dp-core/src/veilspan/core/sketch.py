@@ -92,13 +92,17 @@ class Sketch:
         """Return the law of a model's ratios.
 
         Raises:
-            UnsupportedModelError: If thresholds of several groups are not equal, or move.
+            UnsupportedModelError: If thresholds of several groups are not equal, or thresholds move.
         """
-        if len(groups) > 1 and (len(set(groups.clip_norms)) > 1 or clipping.adaptive is not None):
+        if clipping.adaptive is not None:
             raise UnsupportedModelError(
-                f"norms=Sketch(...) with {len(groups)} clipping groups needs equal thresholds that "
-                "stay as they are: no other law is counted. Use budgets='equal' without adaptive=, "
-                "Flat(...), or exact norms."
+                "norms=Sketch(...) is given with adaptive=, whose counts depend on the estimates: no "
+                "law is proved for releasing both. Use fixed thresholds, or exact norms."
+            )
+        if len(set(groups.clip_norms)) > 1:
+            raise UnsupportedModelError(
+                f"norms=Sketch(...) with {len(groups)} clipping groups needs equal thresholds: no "
+                "other law is counted. Use budgets='equal', Flat(...), or exact norms."
             )
         return NormLaw(
             probes=self.probes, blocks=self.blocks, probes_shared=False, groups=len(groups)
