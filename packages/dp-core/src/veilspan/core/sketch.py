@@ -92,12 +92,12 @@ class Sketch:
         """Return the law of a model's ratios.
 
         Raises:
-            UnsupportedModelError: If thresholds of several groups are not equal, or thresholds move.
+            UnsupportedModelError: If thresholds move, or those of several groups are not equal.
         """
         if clipping.adaptive is not None:
             raise UnsupportedModelError(
-                "norms=Sketch(...) is given with adaptive=, whose counts depend on the estimates: no "
-                "law is proved for releasing both. Use fixed thresholds, or exact norms."
+                "norms=Sketch(...) is given with adaptive=, whose counts depend on the estimates; "
+                "no law is proved for releasing both. Use fixed thresholds, or exact norms."
             )
         if len(set(groups.clip_norms)) > 1:
             raise UnsupportedModelError(
