@@ -22,16 +22,23 @@ WIDTH, REPETITIONS = 48, 600
 
 
 class OneMap(nn.Module):
-    """A record's gradient has rank one; with `tied` the map is used twice, with one direction."""
+    """A record's gradient has rank one; with `tied` the map is used twice, with one direction.
 
-    def __init__(self, tied: bool = False) -> None:
+    With `weighted` its rank is the number of tokens.
+    """
+
+    def __init__(self, tied: bool = False, *, weighted: bool = False) -> None:
         super().__init__()
         self.map = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.tied = tied
+        self.tied, self.weighted = tied, weighted
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         total = self.map(x_BTI)
-        return (total + self.map(2 * x_BTI) if self.tied else total).sum((1, 2))
+        if self.tied:
+            total = total + self.map(2 * x_BTI)
+        if self.weighted:
+            total = total * torch.eye(x_BTI.shape[1], WIDTH)
+        return total.sum((1, 2))
 
 
 class Reused:
@@ -72,6 +79,7 @@ def audit(
     *,
     tied: bool = False,
     backward: str = "two_pass",
+    weighted: bool = False,
     repetitions: int = REPETITIONS,
 ) -> NormRatioAudit:
     """Clip one record many times, alone in its logical batch, and audit what the step claims."""
@@ -79,7 +87,7 @@ def audit(
     releases: list[Release] = []
     clipping = (PerLayer if backward == "per_layer" else Flat)(clip_norm=1.0)
     step = PrivateStep(
-        OneMap(tied),
+        OneMap(tied, weighted=weighted),
         clipping=clipping,
         noise_multiplier=0.0,
         expected_batch_size=1,
@@ -124,6 +132,15 @@ def test_the_longest_contributions_keep_the_law(
     found = audit(sketch, rank_one(), tied=tied, backward=backward)
     assert found.verdict == "consistent", found
     assert found.claim.exceeds(1.0) > 0.1  # it is not empty: contributions exceed the threshold
+
+
+@pytest.mark.parametrize("rank", [3, 12])
+def test_a_basis_keeps_the_law(rank: int) -> None:
+    """Directions beyond the basis are all that an estimate can miss."""
+    torch.manual_seed(1)
+    record = 1e3 * torch.randn(1, rank, WIDTH)
+    sketch = Sketch(probes=4, blocks=1, basis=2, stream=GaussianNoise(KEY))
+    assert audit(sketch, record, weighted=True).verdict == "consistent"
 
 
 def test_the_law_is_tight_for_a_gradient_of_rank_one() -> None:

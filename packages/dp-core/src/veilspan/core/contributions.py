@@ -8,7 +8,7 @@ width, R distinct rows, or the rows of a weight, N its columns, k probes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -159,17 +159,29 @@ class OuterProducts:
         return pays(length, inputs, self.grad_BTO.shape[2])
 
     def project(self, probes_BNk: Tensor) -> Projection:
-        """Return Gᵀ(A Z): two thin products, a block of tokens at a time where types differ."""
-        dtype, (size, length, inputs) = probes_BNk.dtype, self.act_BTI.shape
-        alike = self.act_BTI.dtype == self.grad_BTO.dtype == dtype
-        step = length if alike else _TOKENS
+        """Return Gᵀ(A Z): two thin products."""
+        size, length, inputs = self.act_BTI.shape
         values = probes_BNk.new_zeros((size, self.grad_BTO.shape[2], probes_BNk.shape[2]))
-        for start in range(0, length, max(step, 1)):
-            act = self.act_BTI[:, start : start + step].to(dtype)
-            grad = self.grad_BTO[:, start : start + step].to(dtype)
+        for act, grad in self._blocks(probes_BNk.dtype):
             values.baddbmm_(grad.mT, torch.bmm(act, probes_BNk))
         sizes = magnitudes(self.act_BTI, self.grad_BTO)
         return Projection(values_BRk=values, size_B=sizes, terms=length + inputs)
+
+    def project_back(self, values_BOk: Tensor) -> Tensor:
+        """Return Aᵀ(G V), `[B, I, k]`: the transposed gradient times values."""
+        back = values_BOk.new_zeros((self.size, self.act_BTI.shape[2], values_BOk.shape[2]))
+        for act, grad in self._blocks(values_BOk.dtype):
+            back.baddbmm_(act.mT, torch.bmm(grad, values_BOk))
+        return back
+
+    def _blocks(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield both factors in `dtype`, in blocks of tokens where they have to be converted."""
+        alike = self.act_BTI.dtype == self.grad_BTO.dtype == dtype
+        tokens = self.act_BTI.shape[1]
+        step = max(tokens, 1) if alike else _TOKENS
+        for start in range(0, tokens, step):
+            act = self.act_BTI[:, start : start + step].to(dtype)
+            yield act, self.grad_BTO[:, start : start + step].to(dtype)
 
     def add_to(self, sums: ClippedSum, name: str, factor_B: Tensor) -> None:
         """Add Σ_b factor_b · G_bᵀA_b."""

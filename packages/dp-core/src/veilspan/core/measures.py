@@ -12,7 +12,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from veilspan.core.contributions import Contribution, NormChoice
+from veilspan.core.contributions import Contribution, NormChoice, OuterProducts
 from veilspan.core.errors import PrivacyError
 from veilspan.core.noise import GaussianNoise, new_key
 from veilspan.core.norms import compute_dtype, rounding_guard
@@ -75,9 +75,11 @@ class Measure:
 
     def sq_norms(self, name: str, part: Contribution) -> Tensor:
         """Return the estimates `[B, b]`, or exact squared norms `[B, 1]` where those are cheap."""
-        if self._projects(name) and part.worth_projecting(self.pays):
-            return self.of_projection(name, self.projection(name, part))
-        return part.sq_norms(self.choose)[:, None]
+        if not (self._projects(name) and part.worth_projecting(self.pays)):
+            return part.sq_norms(self.choose)[:, None]
+        if self.sketch is not None and self.sketch.basis and isinstance(part, OuterProducts):
+            return self._with_basis(name, part)
+        return self.of_projection(name, self.projection(name, part))
 
     def adds_uses(self, name: str) -> bool:
         """Return whether uses of a parameter are added up as projections, not as gradients."""
@@ -86,7 +88,7 @@ class Measure:
     def projection(self, name: str, part: Contribution) -> Projection:
         """Return gradient times probes, `[B, R, k]`; the gradient itself, `[B, R, N]`, if exact."""
         if self._projects(name):
-            return part.project(self._probes(name, part.size))
+            return part.project(self._probes("probes", name, part.size))
         whole, parameter = self.nothing(name, part.size), self.owned[name]
         for b, values_RN in enumerate(whole.values_BRk):
             part.sample(b).write(values_RN.view(parameter.shape))
@@ -121,18 +123,37 @@ class Measure:
     def _projects(self, name: str) -> bool:
         return self.sketch is not None and self.sketch.projects(self.owned[name])
 
-    def _probes(self, name: str, size: int) -> Tensor:
+    def _with_basis(self, name: str, part: OuterProducts) -> Tensor:
+        """Return ‖G Q‖² plus the block means of ‖G (I - QQᵀ) z‖², `[B, b]`.
+
+        Q spans Gᵀ(G S) for probes S of its own. Given Q, that is an exact part and an estimate of
+        the rest by independent probes.
+        """
+        start = part.project(self._probes("basis", name, part.size)).values_BRk
+        # A record that is not finite has any basis; its norm will not be finite either.
+        span_BNs = part.project_back(start).double().nan_to_num(0.0, 0.0, 0.0)
+        basis_BNs = torch.linalg.qr(span_BNs).Q
+        probes_BNk = self._probes("probes", name, part.size)
+        rest = probes_BNk.double() - basis_BNs @ (basis_BNs.mT @ probes_BNk.double())
+        head = part.project(basis_BNs.to(probes_BNk.dtype))
+        sq_B = torch.linalg.vector_norm(head.values_BRk, dim=(1, 2), dtype=torch.float64).square()
+        guard_B = rounding_guard(head.terms, probes_BNk.dtype) * head.size_B
+        sq_B += basis_BNs.shape[2] * guard_B.square()
+        return sq_B[:, None] + self.of_projection(name, part.project(rest.to(probes_BNk.dtype)))
+
+    def _probes(self, purpose: str, name: str, size: int) -> Tensor:
         """Return what the records of this micro-batch have for one parameter, `[B, N, k]`."""
         assert self.sketch is not None
         assert self._stream is not None
         parameter = self.owned[name]
+        count = self.sketch.probes if purpose == "probes" else self.sketch.basis
         probes_BNk = torch.zeros(
-            (size, parameter.numel() // len(parameter), self.sketch.probes),
+            (size, parameter.numel() // len(parameter), count),
             dtype=compute_dtype(parameter.dtype),
             device=parameter.device,
         )
         # the name has a slash, which no parameter's has
-        address = {"step": self._micro_batch, "name": f"probes/{name}", "offset": 0}
+        address = {"step": self._micro_batch, "name": f"{purpose}/{name}", "offset": 0}
         self._stream.add_(probes_BNk, stddev=1.0, **address)
         return probes_BNk
 

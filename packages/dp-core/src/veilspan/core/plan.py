@@ -94,8 +94,8 @@ class StrategyPlan:
 
     @property
     def probes(self) -> int:
-        """Gaussian probes of an estimate; 0 where norms are exact."""
-        return self.norms.probes if isinstance(self.norms, Sketch) else 0
+        """Thin products that an estimate takes; 0 where norms are exact."""
+        return self.norms.products if isinstance(self.norms, Sketch) else 0
 
     @property
     def adds_in_parts(self) -> bool:
