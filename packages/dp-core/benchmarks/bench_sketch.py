@@ -8,17 +8,21 @@ are exact without it; `sketch` estimates it. Operations are counted while they r
 is the growth of the resident high-water mark. A step is a logical batch of a decoder: forward,
 backward, clipping, noise and the optimizer; methods take turns within a round, and the ratio is
 plain seconds over method seconds, paired by round. `rank` is the effective rank (Σλ)²/Σλ² of the
-per-record gradients of such a decoder on real text, λ the eigenvalues of all weights' GGᵀ together.
+per-record gradients of such a decoder on real text, λ the eigenvalues of all weights' GGᵀ together;
+and estimates are compared with the true norms of those gradients.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,7 @@ from rounds import Limits, machine, quartiles, time_rounds, today, write
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from veilspan.core import Sketch
+from veilspan.core import Automatic, Flat, PrivateStep, Sketch
 from veilspan.core.contributions import OuterProducts
 from veilspan.core.measures import Measure
 from veilspan.core.norms import BlockedKernel, sq_norms
@@ -115,15 +119,25 @@ def layer_rows(layer: Layer, repeats: int) -> list[dict[str, Any]]:
                 "probes": layer.probes,
                 "method": name,
                 "operations": counter.get_total_flops(),
-                "scratch_mib": _scratch_mib(method),
+                "scratch_mib": _scratch_mib(layer, name),
                 "seconds": quartiles(seconds),
             }
         )
     return rows
 
 
-def _scratch_mib(method: Callable[[], Tensor]) -> float:
+def _scratch_mib(layer: Layer, name: str) -> float:
+    """Return what `_scratch_here` returns in a process of its own, whose memory is all new."""
+    command = [sys.executable, __file__, "--here", name, "--layer", json.dumps(asdict(layer))]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def _scratch_here(layer: Layer, name: str) -> float:
     """Return the growth of the resident set while the method runs, MiB."""
+    small = replace(layer, length=8)
+    small.methods()[name]()  # libraries and threads
+    method = layer.methods()[name]
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     before = high_water_mib()
@@ -131,8 +145,10 @@ def _scratch_mib(method: Callable[[], Tensor]) -> float:
     return high_water_mib() - before
 
 
-def effective_ranks(shape: Shape, records: int, steps: int) -> dict[str, list[float]]:
-    """Return the effective rank of each record's gradient, over all weight matrices.
+def on_text(
+    shape: Shape, records: int, steps: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return effective ranks of records' gradients, and estimated over true norms.
 
     The model reads the bytes of this repository's pages: with its first weights, then after some
     steps of plain training on them.
@@ -150,7 +166,34 @@ def effective_ranks(shape: Shape, records: int, steps: int) -> dict[str, list[fl
         optimizer.zero_grad()
         shape.losses(model, batch).mean().backward()
         optimizer.step()
-    return {**found, f"after {steps} steps": _ranks(shape, model, batches[-1])}
+    found[f"after {steps} steps"] = _ranks(shape, model, batches[-1])
+    return found, _estimates(shape, model, batches[-1])
+
+
+def _estimates(shape: Shape, model: nn.Module, batch: Tensor) -> dict[str, list[float]]:
+    """Return estimated over true norms of some records, several times each."""
+    found: dict[str, list[float]] = {}
+    for sketch in (Sketch(blocks=1), Sketch(), Sketch(basis=8)):
+        step = PrivateStep(
+            model,
+            clipping=Flat(clip_norm=1.0, rule=Automatic(gamma=0.0)),
+            noise_multiplier=0.0,
+            expected_batch_size=1.0,
+            backward="two_pass",
+            norms=sketch,
+        )
+        ratios = []
+        for tokens in batch.repeat(8, 1).split(1):
+            model.zero_grad()
+            with step:
+                step.backward(shape.losses(model, tokens))
+            parts = [
+                p.grad.double().square().sum() for p in model.parameters() if p.grad is not None
+            ]
+            ratios.append(float(torch.stack(parts).sum().rsqrt()))  # a normalised contribution
+        step.detach()
+        found[str(sketch)] = ratios
+    return found
 
 
 def _ranks(shape: Shape, model: nn.Module, batch: Tensor) -> list[float]:
@@ -214,13 +257,18 @@ def markdown(result: dict[str, Any]) -> str:
         f"| {row['ratio']['median']:.2f} |"
         for row in steps
     ]
-    lines += ["", "| effective rank of a record's gradient | median | smallest | largest |"]
-    lines += ["| --- | --- | --- | --- |"]
-    lines += [
-        f"| {when} | {statistics.median(found):.0f} | {min(found):.0f} | {max(found):.0f} |"
-        for when, found in ranks.items()
-    ]
+    lines += _spread("effective rank of a record's gradient", ranks, "{:.0f}")
+    lines += _spread("estimated over true norm", result["estimates"], "{:.3f}")
     return "\n".join(lines)
+
+
+def _spread(what: str, found: dict[str, list[float]], form: str) -> list[str]:
+    """Return a table of the middle and the ends of some lists of numbers."""
+    lines = ["", f"| {what} | median | smallest | largest |", "| --- | --- | --- | --- |"]
+    for name, values in found.items():
+        numbers = (statistics.median(values), min(values), max(values))
+        lines.append(f"| {name} | {' | '.join(form.format(number) for number in numbers)} |")
+    return lines
 
 
 def _name(row: dict[str, Any]) -> str:
@@ -238,25 +286,32 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", "--json", type=Path, help="write the results here, as JSON")
     parser.add_argument("--markdown", type=Path, help="put the tables into this page")
+    parser.add_argument("--here", help=argparse.SUPPRESS)
+    parser.add_argument("--layer", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does everything run?")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.here:
+        print(json.dumps(_scratch_here(Layer(**options.layer), options.here)))
+        return
     length = 256 if options.quick else 4096
     sides = [(64, 128)] if options.quick else [(2048, 8192), (2048, 512)]
     layers = [Layer(inputs=i, outputs=o, length=length, probes=32) for i, o in sides]
     shape = Shape(length=length, records=2, fused_head=True, **(QUICK if options.quick else {}))
     limits = Limits(rounds=1 if options.quick else options.rounds)
     methods = [*STEP_METHODS, *(() if options.quick else RIVALS)]
+    ranks, estimates = on_text(
+        replace(shape, length=length // 8, vocabulary=256, records=4),
+        2 if options.quick else 8,
+        2 if options.quick else 100,
+    )
     result = {
         "benchmark": "estimated norms",
         "date": today(),
         "machine": machine(),
         "layers": [row for layer in layers for row in layer_rows(layer, options.rounds)],
-        "ranks": effective_ranks(
-            replace(shape, length=length // 8, vocabulary=256, records=4),
-            2 if options.quick else 8,
-            2 if options.quick else 100,
-        ),
+        "ranks": ranks,
+        "estimates": estimates,
         "steps": step_rows(shape, methods, limits),
     }
     print(markdown(result))
