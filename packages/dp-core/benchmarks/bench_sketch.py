@@ -89,7 +89,7 @@ class Layer:
 
         def sketch() -> Tensor:
             measure.begin()
-            return measure.sq_norms("weight", part)
+            return measure.sq_norms("weight", part).values_Bb
 
         return {
             "formed": lambda: sq_norms(part.per_sample()),

@@ -225,7 +225,22 @@ def test_terms_that_cancel_are_guarded_for_their_rounding():
     )
     measure.begin()
     size = float((act.norm(dim=2) * torch.cat([grad, grad], dim=1).norm(dim=2)).sum())
-    assert (measure.sq_norms("w", part).sqrt() >= 1e-7 * size).all()
+    found = measure.sq_norms("w", part)
+    assert found.rounding_B is not None
+    assert (found.rounding_B.sqrt() >= 1e-7 * size).all()
+
+
+def test_the_bound_on_rounding_is_added_to_the_norm_not_to_its_square(always_estimate):
+    """What is left of a gradient after cancellation is clipped as if rounding had shortened it."""
+    step = rank_one_step(norms=sketch(blocks=1))
+    x = torch.ones(1, 1001, 16)
+    x[:, 1::2] = -1.0  # the gradient is that of one token, its terms are those of 1001
+    gradient, size = torch.ones(16, 16).double(), 1001 * 4.0 * 4.0
+    probes = drawn("map.weight", gradient, 1, 0, PROBES)[0]
+    estimate = float((gradient @ probes).square().sum(0).mean().sqrt())
+    bound = 8 * math.sqrt(1001 + 16) * torch.finfo(torch.float32).eps / 2 * size
+    assert bound > 0.01 * estimate
+    assert contributions_of(step, x) == pytest.approx(16 / (estimate + bound), rel=1e-4)
 
 
 # Randomness

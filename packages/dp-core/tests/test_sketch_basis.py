@@ -121,7 +121,9 @@ def measured(gradients, wanted, *, times=1, dtype=torch.float64):
     found = []
     for _ in range(times):
         measure.begin()
-        found.append(measure.sq_norms("w", part).amax(1))
+        squares = measure.sq_norms("w", part)
+        assert squares.rounding_B is not None
+        found.append((squares.values_Bb.amax(1).sqrt() + squares.rounding_B.sqrt()).square())
     return torch.stack(found)
 
 
@@ -144,7 +146,7 @@ def test_narrow_types_are_measured_in_fp32(dtype):
     exact = gradients.square().sum((1, 2))
     found = measured(gradients, sketch(), dtype=dtype)[0]
     assert (found >= exact * (1 - 1e-5)).all()
-    assert (found <= exact * (1.02 if dtype == torch.bfloat16 else 1.0001)).all()
+    assert (found <= exact * (1.02 if dtype == torch.bfloat16 else 1.001)).all()
 
 
 def test_estimates_are_steadier_than_from_as_many_products_without_a_basis():

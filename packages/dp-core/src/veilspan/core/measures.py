@@ -21,6 +21,20 @@ from veilspan.core.protocols import NoiseSource, SequenceShards
 from veilspan.core.sketch import Sketch
 
 
+@dataclass(frozen=True, kw_only=True)
+class Squares:
+    """Squared norms of one parameter.
+
+    Args:
+        values_Bb: Block means of an estimate, `[B, b]`, or one exact number each, `[B, 1]`; fp64.
+        rounding_B: Square of a bound on the error of the root of an estimate, fp64; None where
+            `values_Bb` holds it.
+    """
+
+    values_Bb: Tensor
+    rounding_B: Tensor | None = None
+
+
 @final
 @dataclass(kw_only=True)
 class Measure:
@@ -30,7 +44,7 @@ class Measure:
         The probes of a record are standard normals that no other record, micro-batch or parameter
         has, and that all uses of a parameter, and all ranks of its sequence, share. Projections are
         added over uses and ranks before they are squared, and block sums over parameters before the
-        largest is taken. Rounding is guarded as in exact norms.
+        largest is taken. A bound on the rounding is added to the root of the estimate.
 
     Args:
         choose: Exact norm method of a linear map.
@@ -73,10 +87,10 @@ class Measure:
         """Begin a micro-batch: nobody has had its probes before."""
         self._micro_batch += 1
 
-    def sq_norms(self, name: str, part: Contribution) -> Tensor:
-        """Return the estimates `[B, b]`, or exact squared norms `[B, 1]` where those are cheap."""
+    def sq_norms(self, name: str, part: Contribution) -> Squares:
+        """Return the estimates, or exact squared norms where those are cheap."""
         if not (self._projects(name) and part.worth_projecting(self.pays)):
-            return part.sq_norms(self.choose)[:, None]
+            return Squares(values_Bb=part.sq_norms(self.choose)[:, None])
         if self.sketch is not None and self.sketch.basis and isinstance(part, OuterProducts):
             return self._with_basis(name, part)
         return self.of_projection(name, self.projection(name, part))
@@ -109,8 +123,8 @@ class Measure:
             terms=0,
         )
 
-    def of_projection(self, name: str, projection: Projection) -> Tensor:
-        """Return the block means of ‖G z‖², or ‖G‖², with a guard for rounding, fp64."""
+    def of_projection(self, name: str, projection: Projection) -> Squares:
+        """Return the block means of ‖G z‖², or ‖G‖²."""
         values = projection.values_BRk
         sq_Bk = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64).square()
         if self._projects(name):
@@ -118,13 +132,13 @@ class Measure:
         else:
             sq_Bb = sq_Bk.sum(1, keepdim=True)
         guard = rounding_guard(projection.terms, self.owned[name].dtype)
-        return sq_Bb + (guard * projection.size_B).square()[:, None]
+        return Squares(values_Bb=sq_Bb, rounding_B=(guard * projection.size_B).square())
 
     def _projects(self, name: str) -> bool:
         return self.sketch is not None and self.sketch.projects(self.owned[name])
 
-    def _with_basis(self, name: str, part: OuterProducts) -> Tensor:
-        """Return ‖G Q‖² plus the block means of ‖G (I - QQᵀ) z‖², `[B, b]`.
+    def _with_basis(self, name: str, part: OuterProducts) -> Squares:
+        """Return ‖G Q‖² plus the block means of ‖G (I - QQᵀ) z‖².
 
         Q spans Gᵀ(G S) for probes S of its own. Given Q, that is an exact part and an estimate of
         the rest by independent probes.
@@ -137,9 +151,12 @@ class Measure:
         rest = probes_BNk.double() - basis_BNs @ (basis_BNs.mT @ probes_BNk.double())
         head = part.project(basis_BNs.to(probes_BNk.dtype))
         sq_B = torch.linalg.vector_norm(head.values_BRk, dim=(1, 2), dtype=torch.float64).square()
-        guard_B = rounding_guard(head.terms, probes_BNk.dtype) * head.size_B
-        sq_B += basis_BNs.shape[2] * guard_B.square()
-        return sq_B[:, None] + self.of_projection(name, part.project(rest.to(probes_BNk.dtype)))
+        found = self.of_projection(name, part.project(rest.to(probes_BNk.dtype)))
+        assert found.rounding_B is not None
+        return Squares(
+            values_Bb=sq_B[:, None] + found.values_Bb,
+            rounding_B=(1 + basis_BNs.shape[2]) * found.rounding_B,  # each direction errs alike
+        )
 
     def _probes(self, purpose: str, name: str, size: int) -> Tensor:
         """Return what the records of this micro-batch have for one parameter, `[B, N, k]`."""

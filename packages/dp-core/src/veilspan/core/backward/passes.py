@@ -14,6 +14,7 @@ from torch import Tensor
 
 from veilspan.core.backward.base import Workspace
 from veilspan.core.contributions import Contribution
+from veilspan.core.measures import Squares
 from veilspan.core.norms import compute_dtype, sq_norms
 from veilspan.core.projection import Projection
 from veilspan.core.taps import MicroBatch, Use
@@ -54,10 +55,8 @@ class Samples:
 class Estimates:
     """Squared norms of the parameters of one group, `[B]`, as the step's measure takes them.
 
-    Block means are added over parameters before the largest of them is taken. A parameter that is
-    used several times counts once all of its uses are here: as the gradient that they add up to, or
-    as its projection. Where ranks hold a sequence together they add up projections before anything
-    is squared, parameter by parameter in one order.
+    Block means are added over parameters before the largest of them is taken, projections over the
+    uses of a parameter, and over the ranks of a sequence, before they are squared.
     """
 
     def __init__(self, work: Workspace, batch: MicroBatch, group: int) -> None:
@@ -66,12 +65,13 @@ class Estimates:
         self._names = work.groups.members(group)
         shape = (batch.size, work.measure.blocks)
         self._sq_norm_Bb = torch.zeros(shape, dtype=torch.float64, device=batch.device)
+        self._rounding_B = self._sq_norm_Bb.new_zeros(batch.size)
         self._projections: dict[str, Projection] = {}
 
     def add(self, name: str, part: Contribution) -> None:
         """Add the one use of a parameter."""
         if self._ranks is None:
-            self._sq_norm_Bb += self._measure.sq_norms(name, part)
+            self._add(self._measure.sq_norms(name, part))
         else:
             self.add_use(name, part)
 
@@ -92,8 +92,16 @@ class Estimates:
                 projection = projection or self._measure.nothing(name, self._size)
                 projection = projection.over(self._ranks)
             if projection is not None:
-                self._sq_norm_Bb += self._measure.of_projection(name, projection)
-        return self._sq_norm_Bb.amax(1)
+                self._add(self._measure.of_projection(name, projection))
+        sq_norm_B = self._sq_norm_Bb.amax(1)
+        if self._measure.exact:
+            return sq_norm_B
+        return (sq_norm_B.sqrt() + self._rounding_B.sqrt()).square()
+
+    def _add(self, found: Squares) -> None:
+        self._sq_norm_Bb += found.values_Bb
+        if found.rounding_B is not None:
+            self._rounding_B += found.rounding_B
 
 
 class SamplePass:
