@@ -183,7 +183,7 @@ def _estimates(shape: Shape, model: nn.Module, batch: Tensor) -> dict[str, list[
             norms=sketch,
         )
         ratios = []
-        for tokens in batch.repeat(8, 1).split(1):
+        for tokens in batch.repeat(2, 1).split(1):
             model.zero_grad()
             with step:
                 step.backward(shape.losses(model, tokens))
@@ -303,7 +303,7 @@ def main() -> None:
     ranks, estimates = on_text(
         replace(shape, length=length // 8, vocabulary=256, records=4),
         2 if options.quick else 8,
-        2 if options.quick else 100,
+        2 if options.quick else 60,
     )
     result = {
         "benchmark": "estimated norms",
