@@ -101,7 +101,8 @@ def _at_most(bounds: _Bounds, upper: float, name: str) -> _Bounds:
     """Return bounds that use what holds if every record is in every sample: never less private.
 
     The sampled pair is a mixture of the full pair with a pair of equals, and the divergence of a
-    mixture is at most the mixture of the divergences.
+    mixture is at most the mixture of the divergences. Of a unit of several records, no more than
+    all can be in a sample.
     """
     if bounds.upper <= upper:
         return bounds
