@@ -19,6 +19,7 @@ from veilspan.accounting.engines import (
     RdpEngine,
     SampledGaussian,
 )
+from veilspan.accounting.engines.likely_number import likely_delta, likely_epsilon
 from veilspan.accounting.engines.prv import PrvEngine
 from veilspan.accounting.engines.records_step import number_law
 
@@ -195,8 +196,23 @@ def test_phases_of_full_and_sampled_batches_add_up():
 def test_bound_holds_where_a_unit_is_in_nearly_every_sample():
     m = release(10_000, q=0.1, sigma=3000.0, steps=10)
     bounds = CertifiedEngine().epsilon(m, 1e-6)
-    mean = CertifiedEngine().epsilon(release(1, q=1.0, sigma=3.0, steps=10), 1e-6)
-    assert mean.lower < bounds.upper < math.inf
+    mean, most = (
+        CertifiedEngine().epsilon(release(1, q=1.0, sigma=3000 / size, steps=10), 1e-6)
+        for size in (1000, 1300)
+    )
+    assert mean.lower < bounds.upper < most.lower
+    assert bounds.lower == 0
+    at = CertifiedEngine().delta(m, bounds.upper)
+    assert 1e-7 < at.upper < 3e-6
+
+
+@pytest.mark.parametrize(("k", "q", "sigma", "epsilon"), CASES)
+def test_bounds_by_the_likely_number_hold(k, q, sigma, epsilon):
+    exact = max(exact_delta(d, epsilon, k, q, sigma) for d in ("remove", "add"))
+    mechanism = release(k, q=q, sigma=sigma)
+    assert exact <= likely_delta(mechanism, epsilon)
+    assert likely_epsilon(mechanism, exact) >= epsilon
+    assert likely_epsilon(release(1, q=q, sigma=sigma), exact) == math.inf
 
 
 @pytest.mark.parametrize(("k", "q", "sigma", "steps"), [(3, 0.02, 1.0, 100), (20, 0.01, 3.0, 50)])

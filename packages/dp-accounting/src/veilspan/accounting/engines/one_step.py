@@ -3,8 +3,9 @@
     P = (1 - q) N(0, σ²) + q N(s, σ²)   with the record        Q = N(0, σ²)   without it
 
 The shift s is 1, or random where norms are estimated or the record is a unit of several. The loss
-L(x) = log P(x)/Q(x) increases with x from log(1 - q) to infinity. Positions are given by the excess d = L - log(1 - q) > 0, which keeps
-full precision where q is tiny.
+L(x) = log P(x)/Q(x) increases with x from log(1 - q) to infinity. Positions are given by the excess
+d = L - log(1 - q) > 0, which keeps full precision where q is tiny. Of a unit of several records, q
+is the chance that any of them is in the sample.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ _LOST = 1e-10
 _ROUGH_TRANSFORM = 1 << 14
 _COARSENINGS = 12
 _GUESSES = 2
-# Losses where the contribution is random may be rare and huge: far above ε they may count as infinite.
+# Losses of random contributions may be rare and huge: far above ε they may count as infinite.
 _FIRST_LARGEST, _FAR_ABOVE = 100.0, 50.0
 # Atoms of the law of a random contribution: at the first fineness, for a first look
 # at ε, and to align the grid of a lower bound.

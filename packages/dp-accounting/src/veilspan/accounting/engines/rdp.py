@@ -33,9 +33,9 @@ class RdpEngine:
     """Bound ε by the best integer order of the Rényi divergence; the lower bound is 0.
 
     Guarantee:
-        For add/remove, exact norms and one record of each unit only. The moment of the remove direction is at least that of
-        the add direction (Mironov, Talwar, Zhang 2019, https://arxiv.org/abs/1908.10530, Theorem
-        5), so one number covers both.
+        For add/remove, exact norms and units of one record only. The moment of the remove direction
+        is at least that of the add direction (Mironov, Talwar, Zhang 2019,
+        https://arxiv.org/abs/1908.10530, Theorem 5), so one number covers both.
         Converted by Canonne, Kamath, Steinke (2020), https://arxiv.org/abs/2004.00010, Prop. 12.
     """
 
@@ -43,8 +43,8 @@ class RdpEngine:
         """Return `0 ≤ ε ≤ upper` at `delta`.
 
         Raises:
-            EngineError: If the relation is not add/remove, norms are estimated, or units hold several
-                records.
+            EngineError: If the relation is not add/remove, norms are estimated, or units hold
+                several records.
         """
         exact = closed_form(mechanism, delta)
         if exact is not None:
@@ -64,8 +64,8 @@ class RdpEngine:
         """Return `0 ≤ δ ≤ upper` at `epsilon`.
 
         Raises:
-            EngineError: If the relation is not add/remove, norms are estimated, or units hold several
-                records.
+            EngineError: If the relation is not add/remove, norms are estimated, or units hold
+                several records.
         """
         exact = closed_form_delta(mechanism, epsilon)
         if exact is not None:

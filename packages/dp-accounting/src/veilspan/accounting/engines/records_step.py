@@ -74,7 +74,7 @@ def number_law(k: int, q: float) -> Array:
     ratio = (k - number) / (number + 1) * (q / (1 - q))
     first = math.exp(k * math.log1p(-q))
     with np.errstate(under="ignore"):
-        return np.cumprod(np.append(first, ratio))
+        return np.cumprod(np.append(first, ratio), dtype=np.float64)
 
 
 def _atoms(chance: Array, beyond: float, size: tuple[Bound, int], scale: Scale) -> Atoms:
