@@ -1,9 +1,9 @@
 """Bounds for units of several records as if samples were never larger than they likely are.
 
 Let a unit have more than j records in a sample with probability at most τ ≤ 1/2, and let c be the
-sum of τ over all steps. In the stochastic order the number of records is at most j with probability 1 - τ,
-and infinite otherwise. Removing the unit then costs what a shift of j without sampling does, and c
-in δ; adding it costs the same, and -log(1 - τ) ≤ 2τ in ε at every step.
+sum of τ over all steps. In the stochastic order the number of records is at most j with probability
+1 - τ, and infinite otherwise. Removing the unit then costs what a shift of j without sampling does,
+and c in δ; adding it costs the same, and -log(1 - τ) ≤ 2τ in ε at every step.
 """
 
 from __future__ import annotations
