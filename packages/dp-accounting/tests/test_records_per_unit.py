@@ -19,7 +19,7 @@ from veilspan.accounting.engines import (
 )
 from veilspan.accounting.engines.likely_number import likely_delta, likely_epsilon
 from veilspan.accounting.engines.prv import PrvEngine
-from veilspan.accounting.engines.records_step import number_law
+from veilspan.accounting.engines.records_step import number_atoms, number_law
 
 PROPERTY = settings(max_examples=15, deadline=None, derandomize=True)
 ONE_SIDED = CertifiedEngine(pld=PldEngine(one_sided=True))
@@ -107,6 +107,26 @@ def test_law_of_the_number_is_binomial(k, q):
     seen = expected > 1e-200
     assert np.allclose(law[seen], expected[seen], rtol=1e-9, atol=0)
     assert law.sum() == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("count", [8, 100, 10_000])
+@pytest.mark.parametrize(("k", "q", "sigma"), [(1000, 0.15, 60.0), (200, 0.1, 5.0), (9, 0.1, 1.0)])
+def test_few_atoms_bound_every_half_line_from_both_sides(k, q, sigma, count):
+    one = release(k, q=q, sigma=sigma)
+    upper, lower = (number_atoms(one, bound, count, 1e-12) for bound in ("upper", "lower"))
+    number = np.arange(1, k + 1)
+    chance = stats.binom.pmf(number, k, q) / (1 - (1 - q) ** k)
+    gaps = []
+    for c in np.linspace(-2 * sigma, k * q + 4 * sigma, 41):
+        above, at_most, at_least = (
+            np.dot(chance, special.ndtr((number - c) / sigma)),
+            upper.beyond + np.dot(upper.weight, special.ndtr((upper.size - c) / sigma)),
+            np.dot(lower.weight, special.ndtr((lower.size - c) / sigma)),
+        )
+        assert at_least * (1 - 1e-11) <= above <= at_most * (1 + 1e-11)
+        gaps.append(at_most / at_least - 1)
+    if count == 10_000:
+        assert max(gaps) < 1e-6
 
 
 @PROPERTY

@@ -7,6 +7,8 @@ import pytest
 
 from veilspan.accounting import Ledger, LedgerError, Phases, PrivacyPlan, SketchedClip
 from veilspan.accounting.__main__ import main
+from veilspan.accounting.audit import audit_one_run
+from veilspan.accounting.audit.whole_runs import WholeRunsAudit
 
 SETTINGS = {"sampling_probability": 0.01, "steps": 200, "delta": 1e-5}
 SINGLE = PrivacyPlan(noise_multiplier=1.0, **SETTINGS)
@@ -102,3 +104,13 @@ def test_commands_take_the_number_of_records(capsys):
     assert answers[1]["epsilon"] == pytest.approx(PLAN.epsilon().upper)
     assert main(["noise", "--target-epsilon", "2", "--records-per-unit", "0", *options]) == 2
     assert "records_per_unit is 0" in capsys.readouterr().err
+
+
+def test_audits_hold_measurements_against_units_of_several_records():
+    measured = WholeRunsAudit(runs=(9, 9), confidence=0.95, missed_upper=0.2, alarms_upper=0.08)
+    assert measured.contradicts(SINGLE)
+    assert not measured.contradicts(replace(PLAN, records_per_unit=20))
+    scores = [float(i) for i in range(60)]
+    audit = audit_one_run(scores, [i >= 30 for i in range(60)], guesses=40, delta=1e-5)
+    assert audit.contradicts(SINGLE)
+    assert not audit.contradicts(replace(PLAN, records_per_unit=20))

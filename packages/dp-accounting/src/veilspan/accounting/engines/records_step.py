@@ -54,15 +54,22 @@ def records_step(one: SampledGaussian, bound: Bound, atoms: int, tail: float) ->
     if -bottom > _LARGEST_BOTTOM:
         raise EngineError(f"a unit is in nearly every sample: its chance not to be is e^{bottom:g}")
     q = -math.expm1(bottom)
+    shift = HiddenShift(sigma, number_atoms(one, bound, atoms, tail))
+    return OneStep(one, shift, _loss_scale(q, bottom, shift, sigma))
+
+
+def number_atoms(one: SampledGaussian, bound: Bound, atoms: int, tail: float) -> Atoms:
+    """Return the law of the number of records in a sample that has one; arguments as above."""
+    k, sigma = one.records_per_unit, one.noise_multiplier
+    bottom = k * math.log1p(-one.sampling_probability)
+    q = -math.expm1(bottom)
     chance = number_law(k, one.sampling_probability)[1:] / q
     passed = np.append(np.cumsum(chance[::-1])[::-1][1:], 0.0)  # of more than 1, 2, … records
     # A shift s has losses of about s²/(2σ²).
     enough = np.flatnonzero(passed <= tail / q)
     last = min(int(enough[0]), math.ceil(1 + sigma * (2 * LARGEST_LOSS) ** 0.5), k - 1)
     scale = Scale(sigma=sigma, largest=math.inf, tail=tail / q * min(1.0, math.exp(bottom) / q))
-    law = _atoms(chance[: last + 1], float(passed[last]), (bound, atoms), scale)
-    shift = HiddenShift(sigma, law)
-    return OneStep(one, shift, _loss_scale(q, bottom, shift, sigma))
+    return _atoms(chance[: last + 1], float(passed[last]), (bound, atoms), scale)
 
 
 def number_law(k: int, q: float) -> Array:
