@@ -121,6 +121,9 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampling", choices=SAMPLINGS, default="poisson")
     parser.add_argument("--batch-cap", type=int, metavar="B", help="for truncated_poisson")
     parser.add_argument("--most-records", type=int, metavar="N", help="for truncated_poisson")
+    parser.add_argument(
+        "--records-per-unit", type=int, default=1, metavar="K", help="most of one unit; default 1"
+    )
     add_norms(parser)
 
 

@@ -30,6 +30,7 @@ def plan_of(options: argparse.Namespace) -> PrivacyPlan:
         batch_cap=options.batch_cap,
         most_records=options.most_records,
         norms=_norms(options),
+        records_per_unit=options.records_per_unit,
     )
 
 
@@ -44,8 +45,11 @@ def add_norms(parser: argparse.ArgumentParser) -> None:
 
 
 def norms_report(plan: PrivacyPlan) -> dict[str, Any]:
-    """Return how norms are estimated, for a report; nothing where they are exact."""
-    return {} if plan.norms is None else {"norms": asdict(plan.norms)}
+    """Return how norms are estimated, and how many records a unit holds if it may be several."""
+    report: dict[str, Any] = {} if plan.norms is None else {"norms": asdict(plan.norms)}
+    if plan.records_per_unit > 1:
+        report["records_per_unit"] = plan.records_per_unit
+    return report
 
 
 def counted(plan: PrivacyPlan) -> str:

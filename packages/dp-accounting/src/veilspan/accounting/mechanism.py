@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from veilspan.accounting.sketched import SketchedClip
 
 RELATIONS = ("add_remove", "replace")
+_MOST_RECORDS_PER_UNIT = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,8 @@ class SampledGaussian:
     With the sensitivity scaled to 1, one release on a data set with the record of interest is
     distributed as `(1 - q) N(0, σ²) + q N(1, σ²)`, and without it as `N(0, σ²)`. With another value
     of the record it is at worst `(1 - q) N(0, σ²) + q N(-1, σ²)`. Where norms are estimated, the 1
-    is replaced by a random size that may exceed it.
+    is replaced by a random size that may exceed it; where a unit may hold several records, by the
+    random number of them that are in the sample.
 
     Args:
         noise_multiplier: σ, the noise standard deviation divided by the sensitivity; at least 0.
@@ -30,10 +32,12 @@ class SampledGaussian:
         norms: How the norms are estimated by which contributions are clipped; `None` where they are
             exact, so that no contribution exceeds the threshold. For "add_remove" and
             `sampling_probability` below 1 only.
+        records_per_unit: k, the most records that the unit of interest holds, each of them drawn
+            and clipped by itself. Above 1 for "add_remove" and exact norms only.
 
     Raises:
-        ValueError: If an argument is outside its range, or `norms` is given where nothing is
-            proved.
+        ValueError: If an argument is outside its range, or `norms` or several records of a unit
+            are given where nothing is proved.
 
     Examples:
         >>> SampledGaussian(noise_multiplier=1.0, sampling_probability=0.01, steps=1000).steps
@@ -46,6 +50,7 @@ class SampledGaussian:
     relation: str = "add_remove"
     overflow: float = 0.0
     norms: SketchedClip | None = None
+    records_per_unit: int = 1
 
     def __post_init__(self) -> None:
         check_number("noise_multiplier", self.noise_multiplier)
@@ -64,6 +69,26 @@ class SampledGaussian:
                 "The noise for one relation is not the noise for another."
             )
         self._check_norms()
+        self._check_records()
+
+    def _check_records(self) -> None:
+        count = self.records_per_unit
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(
+                f"records_per_unit is {count!r}; it must be a whole number of at least 1: the most "
+                "records that one unit holds."
+            )
+        if count > _MOST_RECORDS_PER_UNIT:
+            raise ValueError(
+                f"records_per_unit is {count}; it must be at most {_MOST_RECORDS_PER_UNIT}. Bound "
+                "the records of each unit when the data set is made."
+            )
+        if count > 1 and (self.norms is not None or self.relation != "add_remove"):
+            raise ValueError(
+                f"records_per_unit is {count}: several records of a unit are counted for "
+                "relation='add_remove' and exact norms (norms=None) only. Use these, or keep one "
+                "record of each unit (records_per_unit=1)."
+            )
 
     def _check_norms(self) -> None:
         if self.norms is None:
@@ -85,7 +110,7 @@ class SampledGaussian:
     @property
     def distance(self) -> float:
         """Return how far apart two outputs without noise can be, a contribution's norm being 1."""
-        return 2.0 if self.relation == "replace" else 1.0
+        return 2.0 if self.relation == "replace" else float(self.records_per_unit)
 
     @property
     def parts(self) -> tuple[SampledGaussian, ...]:

@@ -45,6 +45,16 @@ def check_plan(plan: PrivacyPlan) -> None:
     _check_sampling(plan)
 
 
+def check_fields(found: set[str], known: set[str]) -> None:
+    """Raise `ValueError` unless these are the fields of a plan, all that it cannot do without."""
+    missing = {"noise_multiplier", "sampling_probability", "steps", "delta"} - found
+    if found - known or missing:
+        raise ValueError(
+            f"privacy plan has unknown fields {sorted(found - known)} and lacks "
+            f"{sorted(missing)}; known fields are {sorted(known)}."
+        )
+
+
 def _check_sampling(plan: PrivacyPlan) -> None:
     if plan.sampling == "full_batch" and plan.sampling_probability != 1:
         raise ValueError(
@@ -76,13 +86,14 @@ def _check_sampling(plan: PrivacyPlan) -> None:
 
 
 def check_mechanism(plan: PrivacyPlan) -> None:
-    """Raise `ValueError` unless noise, sampling, steps, relation and norms make sense."""
+    """Raise `ValueError` unless noise, sampling, steps, relation, norms and records make sense."""
     SampledGaussian(
         noise_multiplier=plan.noise_multiplier,
         sampling_probability=plan.sampling_probability,
         steps=plan.steps,
         relation=plan.relation,
         norms=plan.norms,
+        records_per_unit=plan.records_per_unit,
     )
 
 

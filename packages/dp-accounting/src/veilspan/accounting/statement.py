@@ -63,11 +63,12 @@ def write_statement(plan: PrivacyPlan) -> str:
 def write_phases_statement(phases: Phases) -> str:
     """Return the statement of several phases on the same data; it names each of them."""
     plans = phases.plans
+    most = max(plan.records_per_unit for plan in plans)
     lines = [
         "The phases ran one after the other on the same data, and no others did. The settings of "
         "each were fixed without looking at what earlier ones released.",
         *(f"Phase {number}: {_phase(plan)}" for number, plan in enumerate(plans, start=1)),
-        *dict.fromkeys(line for plan in plans for line in _shared_assumptions(plan)),
+        *dict.fromkeys(line for plan in plans for line in _shared_assumptions(plan, most)),
         _delta_line(phases.delta, plans[0].unit, ""),
     ]
     return _write(_guarantee(plans, phases.epsilon()), lines)
@@ -107,7 +108,7 @@ def _guarantee(plans: tuple[PrivacyPlan, ...], bounds: EpsilonBounds) -> str:
 
 
 def _assumptions(plan: PrivacyPlan) -> list[str]:
-    shared = _shared_assumptions(plan)
+    shared = _shared_assumptions(plan, plan.records_per_unit)
     lines = [
         _sampling(plan),
         *shared[:3],
@@ -124,19 +125,35 @@ def _phase(plan: PrivacyPlan) -> str:
     return " ".join(parts)
 
 
+def _record(plan: PrivacyPlan) -> str:
+    """Return what is drawn and clipped: the unit, or one of its records."""
+    return plan.unit if plan.records_per_unit == 1 else "record"
+
+
 def _sampling(plan: PrivacyPlan) -> str:
+    if plan.records_per_unit == 1:
+        return _drawn(plan)
+    return (
+        f"Each {plan.unit} holds at most {plan.records_per_unit:,} records; each record is drawn "
+        "and clipped by itself. Nobody checks the number here: bound contributions when the data "
+        f"set is made. {_drawn(plan)}"
+    )
+
+
+def _drawn(plan: PrivacyPlan) -> str:
+    one = _record(plan)
     if plan.sampling == "full_batch":
-        return f"Every {plan.unit} is in every step (full batch), so no sample hides it."
+        return f"Every {one} is in every step (full batch), so no sample hides it."
     cut = ""
     if plan.sampling == "truncated_poisson":
         cut = (
-            f". There are never more than {plan.most_records:,} {plan.unit}s, and a batch of more "
+            f". There are never more than {plan.most_records:,} {one}s, and a batch of more "
             f"than {plan.batch_cap:,} is cut to that many (truncated Poisson sampling), which "
             f"happens in any of the steps with probability at most {plan.cut_probability:.2g} and "
             "is charged to δ"
         )
     return (
-        f"Every {plan.unit} enters the batch of each step independently with probability "
+        f"Every {one} enters the batch of each step independently with probability "
         f"{plan.sampling_probability:g} (Poisson sampling){cut}; empty batches are steps too. "
         "Shuffled batches would not do."
     )
@@ -148,7 +165,7 @@ def _contribution(plan: PrivacyPlan) -> str:
     if plan.norms is not None:
         return _estimated(plan, plan.norms)
     return (
-        f"The contribution of each {plan.unit} to a step's sum has L2 norm at most "
+        f"The contribution of each {_record(plan)} to a step's sum has L2 norm at most "
         f"{plan.clip_norm:g} (clip norm), over all parameters together, and Gaussian noise of "
         f"standard deviation {plan.noise_multiplier * plan.clip_norm:g} per coordinate is added "
         f"(noise multiplier {plan.noise_multiplier:g})."
@@ -199,8 +216,13 @@ def _delta_line(delta: float, unit: str, records: str) -> str:
     )
 
 
-def _shared_assumptions(plan: PrivacyPlan) -> list[str]:
-    """Return what holds for every phase alike; the noise stream is the last but one."""
+def _shared_assumptions(plan: PrivacyPlan, most: int) -> list[str]:
+    """Return what holds for every phase alike; the noise stream is the last but one.
+
+    Args:
+        plan: The phase.
+        most: The most records that a unit holds in any phase.
+    """
     return [
         "The key of the noise is random, secret, and never published: who knows it can undo it."
         if plan.sampling == "full_batch"
@@ -208,7 +230,10 @@ def _shared_assumptions(plan: PrivacyPlan) -> list[str]:
         "who knows them can undo both.",
         _RELATIONS[plan.relation].format(unit=plan.unit),
         f"The unit of privacy is one {plan.unit}. Whoever contributed several is protected less: "
-        f"k of them are a group of size k.",
+        "k of them are a group of size k."
+        if most == 1
+        else f"The unit of privacy is one {plan.unit} with all of its records. Whoever contributed "
+        f"more than is said here, also as several {plan.unit}s, is protected less.",
         _STREAMS[plan.noise_stream],
         "Every attempt at a step is counted, also one that crashed, as the ledger does.",
     ]
@@ -216,6 +241,8 @@ def _shared_assumptions(plan: PrivacyPlan) -> list[str]:
 
 def _records(plan: PrivacyPlan) -> str:
     if plan.expected_batch_size is None or plan.sampling_probability == 0:
+        return ""
+    if plan.records_per_unit > 1:  # how many units the records belong to is not known here
         return ""
     records = plan.expected_batch_size / plan.sampling_probability
     return f", which is 1/{records:,.0f} = {1 / records:.1e} going by the expected batch size"

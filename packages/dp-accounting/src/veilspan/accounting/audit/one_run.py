@@ -196,6 +196,7 @@ def _mechanism(plan: PrivacyPlan, noise_multiplier: float) -> SampledGaussian:
         sampling_probability=plan.sampling_probability,
         steps=plan.steps,
         norms=plan.norms,
+        records_per_unit=plan.records_per_unit,
     )
 
 

@@ -59,6 +59,7 @@ class WholeRunsAudit:
                 sampling_probability=plan.sampling_probability,
                 steps=plan.steps,
                 norms=plan.norms,
+                records_per_unit=plan.records_per_unit,
             )
         )
         return curve.least_missed(1 - self.missed_upper) > self.alarms_upper

@@ -15,6 +15,7 @@ from veilspan.accounting.engines.closed_form import (
     gaussian_epsilon,
     live_parts,
 )
+from veilspan.accounting.engines.likely_number import likely_delta, likely_epsilon
 from veilspan.accounting.engines.overflow import charged_delta, charged_epsilon, cut_probability
 from veilspan.accounting.engines.pld import PldEngine
 from veilspan.accounting.engines.protocol import EngineError
@@ -50,6 +51,7 @@ class CertifiedEngine:
             return exact
         mu = distance_without_sampling(live_parts(mechanism))
         loosest = gaussian_epsilon(mu, delta) * (1 + 1e-10)
+        loosest = min(loosest, likely_epsilon(mechanism, delta))
         try:
             bounds = self.pld.epsilon(mechanism, delta)
         except _TROUBLE:
@@ -75,7 +77,7 @@ class CertifiedEngine:
         if exact is not None:
             return exact
         mu = distance_without_sampling(live_parts(mechanism))
-        loosest = gaussian_delta(epsilon, mu, +1)
+        loosest = min(gaussian_delta(epsilon, mu, +1), likely_delta(mechanism, epsilon))
         try:
             bounds = self.pld.delta(mechanism, epsilon)
         except _TROUBLE:
@@ -101,7 +103,8 @@ def _at_most(bounds: _Bounds, upper: float, name: str) -> _Bounds:
     """Return bounds that use what holds if every record is in every sample: never less private.
 
     The sampled pair is a mixture of the full pair with a pair of equals, and the divergence of a
-    mixture is at most the mixture of the divergences.
+    mixture is at most the mixture of the divergences. Of a unit of several records, no more than
+    all can be in a sample, and more than a likely number hardly ever are.
     """
     if bounds.upper <= upper:
         return bounds

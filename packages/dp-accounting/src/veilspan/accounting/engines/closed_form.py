@@ -46,8 +46,13 @@ def estimated_norms(mechanism: Mechanism) -> bool:
     return any(part.norms is not None for part in live_parts(mechanism))
 
 
+def several_records(mechanism: Mechanism) -> bool:
+    """Return whether a unit may hold several records in any phase."""
+    return any(part.records_per_unit > 1 for part in live_parts(mechanism))
+
+
 def distance_without_sampling(parts: tuple[SampledGaussian, ...]) -> float:
-    """Return the distance of the means over the noise if every record were in every sample.
+    """Return the distance of the means over the noise were every record in every sample.
 
     It is infinite where contributions may exceed their threshold.
     """
@@ -87,7 +92,7 @@ def closed_form(mechanism: Mechanism, delta: float) -> EpsilonBounds | None:
 def closed_form_delta(mechanism: Mechanism, epsilon: float) -> DeltaBounds | None:
     """Return δ where it is known exactly, and None where it has to be computed.
 
-    Without noise δ is the chance that a record is in any of the samples that get none, unless other
+    Without noise δ is the chance that a unit is in any of the samples that get none, unless other
     releases add to it; then it is only bounded by that and 1.
     """
     refuse_overflow(mechanism)
@@ -97,7 +102,7 @@ def closed_form_delta(mechanism: Mechanism, epsilon: float) -> DeltaBounds | Non
     bare = [part for part in parts if part.noise_multiplier == 0]
     if bare:
         missed = sum(
-            part.steps * math.log1p(-part.sampling_probability)
+            part.steps * part.records_per_unit * math.log1p(-part.sampling_probability)
             if part.sampling_probability < 1
             else -math.inf
             for part in bare

@@ -52,6 +52,25 @@ class Atoms:
     beyond: float
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FineLaw:
+    """A law of contributions in many cells.
+
+    Args:
+        size: Sizes, increasing; cell i is between sizes i and i + 1.
+        mass: Probability of each cell, one fewer than sizes.
+        place: Where in its cell the mass lies.
+        at_first: Probability of the first size.
+        beyond: Probability of a larger size than the last.
+    """
+
+    size: Array
+    mass: Array
+    place: Array
+    at_first: float
+    beyond: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scale:
     """What atoms have to be fine against.
@@ -80,26 +99,47 @@ def find_atoms(norms: SketchedClip, bound: Bound, *, count: int, scale: Scale) -
         As in the module, after the mass between two neighbours of 32,768 sizes was moved to one.
     """
     size, survival = _survival(norms, bound, scale)
-    ends = _choose(size, survival, count)
-    mass = -np.diff(survival)
-    # In a fine cell all mass lies at one end.
-    moment = mass * (size[1:] if bound == "upper" else size[:-1])
-    total, moment = (np.add.reduceat(values, ends[:-1]) for values in (mass, moment))
+    law = FineLaw(
+        size=size,
+        mass=-np.diff(survival),
+        place=size[1:] if bound == "upper" else size[:-1],
+        at_first=1 - float(survival[0]),
+        beyond=float(survival[-1]),
+    )
+    return gather(law, bound, count=count, scale=scale)
+
+
+def gather(law: FineLaw, bound: Bound, *, count: int, scale: Scale) -> Atoms:
+    """Return about `count` atoms whose pair bounds that of a law with many.
+
+    Args:
+        law: The law.
+        bound: From above ("upper") or below ("lower").
+        count: Number of atoms, about.
+        scale: What they have to be fine against.
+
+    Guarantee:
+        As in the module.
+    """
+    size, mass = law.size, law.mass
+    ends = _choose(size, mass, count)
+    total, moment = (np.add.reduceat(values, ends[:-1]) for values in (mass, mass * law.place))
     low, high = size[ends[:-1]], size[ends[1:]]
     up = np.clip((moment - low * total) / (high - low), 0.0, total)  # mass · (mean - a)/Δ
     move, small = _move(low, high, scale)
-    at_one = 1 - float(survival[0])
+    first, at_first, beyond = float(size[0]), law.at_first, law.beyond
     if bound == "lower":
         middle = np.where(small, low + (high - low) * up / np.maximum(total, 1e-300) - move, low)
-        return _sorted(np.append(middle, [1.0, high[-1]]), [total, at_one, survival[-1]], 0.0)
+        return collect(np.append(middle, [first, high[-1]]), [total, at_first, beyond], 0.0)
     up = np.where(small, up, total)
     node = np.append(low, high[-1])
     node = node + np.maximum(np.append(move, 0.0), np.append(0.0, move))
     weight = np.append(total - up, 0.0) + np.append(0.0, up)
-    return _sorted(np.append(node, 1.0), [weight, at_one], float(survival[-1]))
+    return collect(np.append(node, first), [weight, at_first], beyond)
 
 
-def _sorted(size: Array, weights: list[Array | float], beyond: float) -> Atoms:
+def collect(size: Array, weights: list[Array | float], beyond: float) -> Atoms:
+    """Return atoms in order of size; those of negligible weight count as beyond all others."""
     weight = np.concatenate([np.atleast_1d(values) for values in weights])
     order = np.argsort(size, kind="stable")
     size, weight = size[order], weight[order]
@@ -132,9 +172,9 @@ def _survival(norms: SketchedClip, bound: Bound, scale: Scale) -> tuple[Array, A
     return size, norms.exceeds(size)
 
 
-def _choose(size: Array, survival: Array, count: int) -> NDArray[np.int64]:
+def _choose(size: Array, mass: Array, count: int) -> NDArray[np.int64]:
     """Return indices of the sizes that become ends of cells, the first and the last among them."""
-    width, mass = np.diff(size), -np.diff(survival)
+    width = np.diff(size)
     density = np.maximum(mass, 1e-300) / width
     share = np.zeros(len(width))
     for power in _POWERS:

@@ -2,9 +2,10 @@
 
     P = (1 - q) N(0, σ²) + q N(s, σ²)   with the record        Q = N(0, σ²)   without it
 
-The shift s is 1, or random where norms are estimated. The loss L(x) = log P(x)/Q(x) increases with
-x from log(1 - q) to infinity. Positions are given by the excess d = L - log(1 - q) > 0, which keeps
-full precision where q is tiny.
+The shift s is 1, or random where norms are estimated or the record is a unit of several. The loss
+L(x) = log P(x)/Q(x) increases with x from log(1 - q) to infinity. Positions are given by the excess
+d = L - log(1 - q) > 0, which keeps full precision where q is tiny. Of a unit of several records, q
+is the chance that any of them is in the sample.
 """
 
 from __future__ import annotations
@@ -55,18 +56,28 @@ class OneStep:
 
     Args:
         mechanism: The release.
-        shifts: The law of the shift; always 1 unless given.
+        shifts: The law of the shift; always 1 unless given. Of a unit of several records it is that
+            of the number of records in the sample, given that there is one.
+        scale: What `loss_scale` returns, if the shift is not about 1.
     """
 
-    def __init__(self, mechanism: SampledGaussian, shifts: Shifts | None = None) -> None:
-        self.q = mechanism.sampling_probability
+    def __init__(
+        self, mechanism: SampledGaussian, shifts: Shifts | None = None, scale: float | None = None
+    ) -> None:
+        several = mechanism.records_per_unit > 1
+        assert not several or (shifts is not None and scale is not None)
         self.sigma = mechanism.noise_multiplier
-        self.bottom = math.log1p(-self.q)
+        self.bottom = mechanism.records_per_unit * math.log1p(-mechanism.sampling_probability)
+        self.q = -math.expm1(self.bottom) if several else mechanism.sampling_probability
+        self.absent = math.exp(self.bottom) if several else 1 - self.q
+        self._scale = scale
         self._shifts: Shifts = UnitShift(self.sigma) if shifts is None else shifts
         self._cut_last: tuple[object, Cells] | None = None
 
     def loss_scale(self) -> float:
         """Return the order of magnitude of the standard deviation of the loss under Q."""
+        if self._scale is not None:
+            return self._scale
         chi_square = math.expm1(min(self.sigma**-2, 50.0))
         return min(self.q * math.sqrt(chi_square), 1 / self.sigma)
 
@@ -113,12 +124,12 @@ class OneStep:
     def below(self, excess: float) -> tuple[float, float]:
         """Return P and Q of the losses up to an excess."""
         without, shifted = self._shifts.below(float(self.growth(excess)))
-        return (1 - self.q) * without + self.q * shifted, without
+        return self.absent * without + self.q * shifted, without
 
     def excess_of_below(self, excess: float) -> float:
         """Return the loss of the event "loss up to an excess", as an excess over log(1 - q)."""
         without, shifted = self._shifts.log_below(float(self.growth(excess)))
-        return math.log1p(self.q / (1 - self.q) * math.exp(shifted - without))
+        return math.log1p(self.q / self.absent * math.exp(shifted - without))
 
     def _nodes(self, last: int, zero: float, spacing: float) -> NDArray[np.int64]:
         """Return node numbers from 0 to `last`, all of them near loss 0, which is at `zero`."""
@@ -136,17 +147,17 @@ class OneStep:
         masses = self._shifts.masses(growth)
         without, shifted = masses.without, masses.shifted
         # P - e^t Q with t = log(1 - q) + d, written without subtracting the (1 - q) Q that cancels.
-        excess = self.q * shifted - (1 - self.q) * np.expm1(d[:-1]) * without
-        deficit = (1 - self.q) * np.expm1(d[1:]) * without - self.q * shifted
+        excess = self.q * shifted - self.absent * np.expm1(d[:-1]) * without
+        deficit = self.absent * np.expm1(d[1:]) * without - self.q * shifted
         tail_without, tail_shifted = masses.tail
         return Cells(
             start=start,
             index=index,
-            with_record=(1 - self.q) * without + self.q * shifted,
+            with_record=self.absent * without + self.q * shifted,
             without_record=without,
             excess=np.maximum(excess, 0.0),
             deficit=np.maximum(deficit, 0.0),
-            tail=((1 - self.q) * tail_without + self.q * tail_shifted, tail_without),
+            tail=(self.absent * tail_without + self.q * tail_shifted, tail_without),
         )
 
 

@@ -11,6 +11,7 @@ from veilspan.accounting.engines.closed_form import (
     closed_form_delta,
     estimated_norms,
     live_parts,
+    several_records,
 )
 from veilspan.accounting.engines.protocol import EngineError
 from veilspan.accounting.engines.question import COARSE, OneDirection, Question
@@ -99,7 +100,8 @@ class PldEngine:
             return exact
         parts = live_parts(mechanism)
         best = _delta_between(0.0, 1.0, epsilon, "both")
-        if parts[0].relation == "add_remove" and not estimated_norms(mechanism):
+        moments = not (estimated_norms(mechanism) or several_records(mechanism))
+        if moments and parts[0].relation == "add_remove":
             best = _tighter_delta(best, RdpEngine().delta(mechanism, epsilon))
         for fineness in _FINENESS:
             while True:  # the grid is made for a δ: ask again until it is made for about this one

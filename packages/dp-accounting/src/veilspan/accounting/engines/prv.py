@@ -21,7 +21,11 @@ from prv_accountant.privacy_random_variables import (
 from scipy.special import ndtr
 
 from veilspan.accounting.bounds import EpsilonBounds
-from veilspan.accounting.engines.closed_form import closed_form, estimated_norms
+from veilspan.accounting.engines.closed_form import (
+    closed_form,
+    estimated_norms,
+    several_records,
+)
 from veilspan.accounting.engines.one_step import OneStep
 from veilspan.accounting.engines.protocol import EngineError
 from veilspan.accounting.engines.rdp import ORDERS, RdpEngine, log_moment
@@ -81,7 +85,8 @@ class PrvEngine:
 
         Raises:
             EngineError: If prv-accountant cannot answer soundly within the domain allowed, there
-                are several phases, the relation is not add/remove, or norms are estimated.
+                are several phases, the relation is not add/remove, norms are estimated, or units
+                hold several records.
         """
         exact = closed_form(mechanism, delta)
         if exact is not None:
@@ -94,6 +99,10 @@ class PrvEngine:
         if estimated_norms(mechanism):
             raise EngineError(
                 "prv-accountant is asked about exact norms only; use the default engine"
+            )
+        if several_records(mechanism):
+            raise EngineError(
+                "prv-accountant is asked about units of one record only; use the default engine"
             )
         error = self.relative_error * RdpEngine().epsilon(mechanism, delta).upper
         for _ in range(_ROUNDS):

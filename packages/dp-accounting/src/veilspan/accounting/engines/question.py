@@ -12,6 +12,7 @@ from veilspan.accounting.engines.compose import Composition, WindowTooWideError
 from veilspan.accounting.engines.discretise import GridLoss, Search, dominated, dominating
 from veilspan.accounting.engines.one_step import LARGEST_LOSS, OneStep
 from veilspan.accounting.engines.protocol import EngineError
+from veilspan.accounting.engines.records_step import records_step
 from veilspan.accounting.engines.sketched_step import sketched_step
 from veilspan.accounting.engines.symmetric import SymmetricStep
 from veilspan.accounting.mechanism import SampledGaussian
@@ -24,15 +25,16 @@ _INFINITE = 1e-6  # share of δ that may be spent on losses beyond the grid
 # Rounding of the discretised one-step loss: a bias of its mean, which every step adds again.
 _LOSS_ROUNDING = 1e-15
 _SKETCHED_ROUNDING = 1e-13  # where positions are found by iteration
+_RECORDS_ROUNDING = 5e-13  # where a binomial law is computed by recursion, too
 _MARGIN = 1e-9
 _LOST = 1e-10
 _ROUGH_TRANSFORM = 1 << 14
 _COARSENINGS = 12
 _GUESSES = 2
 _SKEWNESS = 0.02  # below it a sum is normal enough for a guess
-# Losses where norms are estimated may be rare and huge: far above ε they may count as infinite.
+# Losses of random contributions may be rare and huge: far above ε they may count as infinite.
 _FIRST_LARGEST, _FAR_ABOVE = 100.0, 50.0
-# Atoms of the law of a contribution with an estimated norm: at the first fineness, for a first look
+# Atoms of the law of a random contribution: at the first fineness, for a first look
 # at ε, and to align the grid of a lower bound.
 _ATOMS, _ROUGH_ATOMS, _GUIDE_ATOMS = 200, 64, 32
 
@@ -46,7 +48,7 @@ class Question:
         delta: The δ at which ε is asked, or the order of magnitude of the δ that is asked.
         largest_transform: Most points of one Fourier transform.
         guesses: About where ε lies in each direction, once that is known.
-        rough: Whether few atoms will do for the law of a contribution with an estimated norm.
+        rough: Whether few atoms will do for the law of a random contribution.
     """
 
     parts: tuple[SampledGaussian, ...]
@@ -93,11 +95,13 @@ class Question:
 
     @property
     def _rounding(self) -> float:
-        return (_SKETCHED_ROUNDING if self._sketched else _LOSS_ROUNDING) * self._steps
+        if any(part.records_per_unit > 1 for part in self.parts):
+            return _RECORDS_ROUNDING * self._steps
+        return (_SKETCHED_ROUNDING if self._random else _LOSS_ROUNDING) * self._steps
 
     @property
-    def _sketched(self) -> bool:
-        return any(part.norms is not None for part in self.parts)
+    def _random(self) -> bool:
+        return any(_is_random(part) for part in self.parts)
 
     def _rough(self, direction: OneDirection) -> float | None:
         """Return slightly less than ε, or nothing, from two transforms that cost very little."""
@@ -123,7 +127,7 @@ class Question:
         """
         square = cube = 0.0
         for part in self.parts:
-            if part.norms is not None or part.relation == "replace" or part.noise_multiplier < 1:
+            if _is_random(part) or part.relation == "replace" or part.noise_multiplier < 1:
                 return None
             spread = math.expm1(part.noise_multiplier**-2)
             one = part.sampling_probability * math.sqrt(spread)
@@ -143,7 +147,7 @@ class Question:
             tolerance=1e-3 if fineness < COARSE else 0.05,
         )
         # Far more than atoms for the law of a contribution may lose; see `norm_law`.
-        lost = self.delta * _LOST if self._sketched else 0.0
+        lost = self.delta * _LOST if self._random else 0.0
         delta = self.delta - lost if bound == "upper" else self.delta + lost
         for _ in range(_COARSENINGS):
             grids = [
@@ -169,7 +173,8 @@ class Question:
 
     def _loss_scale(self) -> float:
         """Return the standard deviation of one step's loss, on average over the phases."""
-        total = sum(part.steps * _step(part).loss_scale() ** 2 for part in self.parts)
+        tail = _INFINITE * self.delta
+        total = sum(part.steps * _step(part, tail).loss_scale() ** 2 for part in self.parts)
         return math.sqrt(total / self._steps)
 
 
@@ -178,7 +183,7 @@ class _Law:
     """How finely a grid is made, apart from its spacing.
 
     Args:
-        atoms: Of the law of a contribution with an estimated norm.
+        atoms: Of the law of a random contribution.
         largest: Losses above it count as infinite there.
         tolerance: Of the search for the best lower bound.
     """
@@ -188,12 +193,24 @@ class _Law:
     tolerance: float
 
 
-def _step(part: SampledGaussian) -> OneStep | SymmetricStep:
+def _is_random(part: SampledGaussian) -> bool:
+    """Return whether the size of a contribution is random, given that there is one."""
+    return part.norms is not None or (part.records_per_unit > 1 and part.sampling_probability < 1)
+
+
+def _random_step(one: SampledGaussian, bound: Bound, atoms: int, tail: float) -> OneStep:
+    build = records_step if one.norms is None else sketched_step
+    return build(one, bound, atoms, tail)
+
+
+def _step(part: SampledGaussian, tail: float) -> OneStep | SymmetricStep:
     q, sigma = part.sampling_probability, part.noise_multiplier
     if q == 1:
         return SymmetricStep(1.0, sigma * 2 / part.distance)
     if part.relation == "replace":
         return SymmetricStep(q, sigma)
+    if part.records_per_unit > 1:
+        return records_step(replace(part, steps=1), "upper", _ROUGH_ATOMS, tail)
     return OneStep(part)
 
 
@@ -205,14 +222,14 @@ def _grid(
     law: _Law,
 ) -> GridLoss:
     (direction, bound), (spacing, tail) = kind, size
-    if one.norms is not None:
-        step = sketched_step(one, bound, law.atoms, tail)
-        largest = min(step.largest_excess(tail), law.largest)
+    if _is_random(one):
+        step = _random_step(one, bound, law.atoms, tail)
+        largest = min(step.largest_excess(tail), law.largest - step.bottom)
         if bound == "upper":
             return dominating(step, direction, spacing, largest)
-        guide = sketched_step(one, bound, _GUIDE_ATOMS, tail)
+        guide = _random_step(one, bound, _GUIDE_ATOMS, tail)
         return dominated(step, direction, spacing, largest, Search(guide, law.tolerance))
-    step = _step(one)
+    step = _step(one, tail)
     if isinstance(step, SymmetricStep):
         build = step.dominating if bound == "upper" else step.dominated
         return build(spacing, tail)

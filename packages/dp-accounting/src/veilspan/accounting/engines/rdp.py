@@ -16,6 +16,7 @@ from veilspan.accounting.engines.closed_form import (
     closed_form_delta,
     estimated_norms,
     live_parts,
+    several_records,
 )
 from veilspan.accounting.engines.protocol import EngineError
 from veilspan.accounting.mechanism import Mechanism, SampledGaussian
@@ -32,9 +33,9 @@ class RdpEngine:
     """Bound ε by the best integer order of the Rényi divergence; the lower bound is 0.
 
     Guarantee:
-        For add/remove and exact norms only. The moment of the remove direction is at least that of
-        the add direction (Mironov, Talwar, Zhang 2019, https://arxiv.org/abs/1908.10530, Theorem
-        5), so one number covers both.
+        For add/remove, exact norms and units of one record only. The moment of the remove direction
+        is at least that of the add direction (Mironov, Talwar, Zhang 2019,
+        https://arxiv.org/abs/1908.10530, Theorem 5), so one number covers both.
         Converted by Canonne, Kamath, Steinke (2020), https://arxiv.org/abs/2004.00010, Prop. 12.
     """
 
@@ -42,7 +43,8 @@ class RdpEngine:
         """Return `0 ≤ ε ≤ upper` at `delta`.
 
         Raises:
-            EngineError: If the relation is not add/remove, or norms are estimated.
+            EngineError: If the relation is not add/remove, norms are estimated, or units hold
+                several records.
         """
         exact = closed_form(mechanism, delta)
         if exact is not None:
@@ -62,7 +64,8 @@ class RdpEngine:
         """Return `0 ≤ δ ≤ upper` at `epsilon`.
 
         Raises:
-            EngineError: If the relation is not add/remove, or norms are estimated.
+            EngineError: If the relation is not add/remove, norms are estimated, or units hold
+                several records.
         """
         exact = closed_form_delta(mechanism, epsilon)
         if exact is not None:
@@ -86,6 +89,8 @@ def _terms(mechanism: Mechanism) -> list[tuple[int, float]]:
         raise EngineError("moments are known for add/remove only; use the default engine")
     if estimated_norms(mechanism):
         raise EngineError("moments are known for exact norms only; use the default engine")
+    if several_records(mechanism):
+        raise EngineError("moments are known for units of one record; use the default engine")
     return [
         (order, sum(part.steps * log_moment(order, part) for part in parts) / (order - 1))
         for order in map(int, ORDERS)

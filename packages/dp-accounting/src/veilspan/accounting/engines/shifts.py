@@ -1,4 +1,4 @@
-"""How far a record moves one release: by its threshold, or by a random multiple of it.
+"""How far a unit moves one release: by its threshold, or by a random multiple of it.
 
 The growth g of an output x is the logarithm of the density ratio of what the record's presence
 gives and its absence gives, before sampling. Positions are asked for by g, as the loss increases
@@ -118,6 +118,10 @@ class HiddenShift:
         self.sigma, self._atoms = sigma, atoms
         self._log_weight = np.log(atoms.weight) - np.square(atoms.size / sigma) / 2
 
+    def growth_at(self, x: Array) -> Array:
+        """Return the growth of outputs."""
+        return self._growth(x, np.zeros(len(x)))[0]
+
     def position(self, growth: Array) -> Array:
         """Return the output at which the growth has this value; -inf at -inf.
 
@@ -174,7 +178,8 @@ class HiddenShift:
         """Return the probabilities between neighbouring growths."""
         x = self.position(growth)
         # Either side of the middle from its own tail, so that small masses keep their digits.
-        middle = min(max(int(np.searchsorted(x, self._atoms.size[0])), 0), len(x) - 1)
+        mean = float(np.average(self._atoms.size, weights=self._atoms.weight))
+        middle = min(max(int(np.searchsorted(x, mean)), 0), len(x) - 1)
         below = self._chance(x[: middle + 1], -1)
         above = self._chance(x[middle:], +1)
         return Masses(
