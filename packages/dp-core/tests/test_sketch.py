@@ -24,6 +24,7 @@ from veilspan.core.contributions import Lookups, OuterProducts, RowSums
 from veilspan.core.formed import Formed, Recomputed
 from veilspan.core.head import fused_causal_lm_losses
 from veilspan.core.measures import Measure
+from veilspan.core.measures import _common_key as fresh_key
 from veilspan.core.norms import BlockedKernel
 from veilspan.core.plan import StrategyPlan
 from veilspan.core.reduction import LocalShards
@@ -41,6 +42,12 @@ def sketch(probes=PROBES, blocks=BLOCKS):
     return Sketch(probes=probes, blocks=blocks, stream=GaussianNoise(KEY))
 
 
+@pytest.fixture(autouse=True)
+def _known_names(monkeypatch):
+    """Let probes have names that a test can repeat."""
+    monkeypatch.setattr("veilspan.core.measures._common_key", lambda shards, device: KEY)
+
+
 @pytest.fixture
 def always_estimate(monkeypatch):
     """Estimate every linear map that has more rows and columns than probes, however small."""
@@ -51,7 +58,9 @@ def drawn(name, parameter, size, micro_batch, probes):
     """Return the probes that the records of one micro-batch have for one parameter."""
     columns = parameter.numel() // len(parameter)
     values = torch.zeros((size, columns, probes), dtype=torch.float64)
-    GaussianNoise(KEY).add_(values, stddev=1.0, step=micro_batch, name=f"probes/{name}", offset=0)
+    GaussianNoise(KEY).add_(
+        values, stddev=1.0, step=micro_batch, name=f"probes/{KEY.hex()}/{name}", offset=0
+    )
     return values
 
 
@@ -303,9 +312,13 @@ def test_pitfall_58_probes_are_fresh_for_every_record_micro_batch_and_attempt():
 
 
 @pytest.mark.usefixtures("always_estimate")
-def test_steps_draw_their_own_probes_unless_given_a_stream():
+@pytest.mark.parametrize("stream", [None, GaussianNoise(KEY)])
+def test_pitfall_58_two_steps_never_have_the_same_probes(stream, monkeypatch):
+    """Neither one after the other, nor on replicas whose records differ, whatever the stream."""
+    monkeypatch.setattr("veilspan.core.measures._common_key", fresh_key)
     record = 1e4 * torch.ones(1, 1, 16)
-    steps = [rank_one_step(norms=Sketch(probes=8, blocks=2)) for _ in range(2)]
+    wanted = Sketch(probes=8, blocks=2, stream=stream)
+    steps = [rank_one_step(norms=wanted) for _ in range(2)]
     assert contributions_of(steps[0], record) != contributions_of(steps[1], record)
 
 

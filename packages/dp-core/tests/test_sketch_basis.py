@@ -30,6 +30,7 @@ def _always_estimate(monkeypatch):
     monkeypatch.setattr(
         "veilspan.core.plan.StrategyPlan.sketch_pays", lambda self, *shape: self.probes > 0
     )
+    monkeypatch.setattr("veilspan.core.measures._common_key", lambda shards, device: KEY)
 
 
 class Layers(nn.Module):
@@ -56,7 +57,9 @@ def records(size=3, length=40):
 
 def drawn(purpose, name, shape):
     values = torch.zeros(shape, dtype=torch.float64)
-    GaussianNoise(KEY).add_(values, stddev=1.0, step=0, name=f"{purpose}/{name}", offset=0)
+    GaussianNoise(KEY).add_(
+        values, stddev=1.0, step=0, name=f"{purpose}/{KEY.hex()}/{name}", offset=0
+    )
     return values
 
 

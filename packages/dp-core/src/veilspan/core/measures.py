@@ -63,12 +63,15 @@ class Measure:
     sketch: Sketch | None = None
     pays: Callable[[int, int, int], bool] = lambda *_: False
     _stream: NoiseSource | None = field(init=False, repr=False, default=None)
+    _salt: str = field(init=False, repr=False, default="")
     _micro_batch: int = field(init=False, default=-1)
 
     def __post_init__(self) -> None:
         if self.sketch is None:
             return
         device, stream = next(iter(self.owned.values())).device, self.sketch.stream
+        # Replicas, or two steps one after the other, may well have been given one stream.
+        self._salt = _common_key(self.shards, device).hex()
         self._stream = GaussianNoise(_common_key(self.shards, device)) if stream is None else stream
         if stream is not None and self.shards.degree > 1:
             _require_common(stream, self.shards, device)
@@ -170,8 +173,8 @@ class Measure:
             device=parameter.device,
         )
         # the name has a slash, which no parameter's has
-        address = {"step": self._micro_batch, "name": f"{purpose}/{name}", "offset": 0}
-        self._stream.add_(probes_BNk, stddev=1.0, **address)
+        whole_name = f"{purpose}/{self._salt}/{name}"
+        self._stream.add_(probes_BNk, stddev=1.0, step=self._micro_batch, name=whole_name, offset=0)
         return probes_BNk
 
 

@@ -56,8 +56,9 @@ class Sketch:
             steadier where few directions hold most of a gradient, and takes three more products
             each. What is proved of it needs the same noise as without. Weights that are used
             several times, fused heads, and ranks that share sequences do without.
-        stream: Source of the probes, with a secret key of its own, which no other process may use;
-            by default a cryptographic one with a fresh key from the operating system.
+        stream: Source of the probes, with a secret key; one may serve several steps or processes,
+            as each draws under a fresh name. By default a cryptographic one with a fresh key from
+            the operating system.
 
     Raises:
         ValueError: If a number is not as above.
