@@ -183,7 +183,7 @@ def test_ledger_of_another_cap_is_refused_by_name(tmp_path):
         ({**ROOM, "batch_cap": 0}, "batch_cap is 0"),
         ({**ROOM, "most_records": 1e5}, r"most_records is 100000\.0"),
         ({**ROOM, "most_records": True}, "most_records is True"),
-        ({"sampling": "fixed_size"}, "nothing is certified"),
+        ({"sampling": "fixed_size"}, "without_replacement"),
         ({"sampling": "shuffle"}, "must not be counted so"),
     ],
 )

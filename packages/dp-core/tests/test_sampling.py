@@ -14,8 +14,14 @@ from scipy import stats
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, WeightedRandomSampler
 
 from veilspan.core.noise import GaussianNoise
-from veilspan.core.sampling import Draw, _digit_thresholds, poisson_batches, poisson_draw
-from veilspan.core.streams import AesCtr, derive
+from veilspan.core.sampling import (
+    Draw,
+    _digit_thresholds,
+    fixed_size_batches,
+    poisson_batches,
+    poisson_draw,
+)
+from veilspan.core.streams import AesCtr, derive, read_words
 
 KEY = derive(bytes(range(32)), "tests of sampling", 0)
 OTHER_KEY = derive(bytes(range(32)), "tests of sampling", 1)
@@ -229,6 +235,58 @@ def test_pitfall_02_empty_draws_are_steps():
 def test_pitfall_31_an_empty_draw_has_no_placeholder_record():
     empty = Draw(step=0, records=np.array([], np.int64))
     assert list(empty.microbatches(4)) == []
+
+
+@pytest.mark.parametrize(("records", "size"), [(5, 1), (6, 3), (5, 4), (4, 4)])
+def test_every_set_of_a_fixed_size_is_as_likely_as_any_other(records, size):
+    seen = {chosen: 0 for chosen in itertools.combinations(range(records), size)}
+    for draw in fixed_size_batches(records, size, 4000, key=KEY):
+        seen[tuple(draw.records.tolist())] += 1
+    if len(seen) > 1:
+        assert 1e-4 < stats.chisquare(list(seen.values())).pvalue < 1 - 1e-4
+
+
+def test_fixed_size_draws_of_different_steps_and_keys_are_independent():
+    table = np.zeros((80, 2000))
+    for row, key in enumerate((KEY, OTHER_KEY)):
+        for draw in fixed_size_batches(2000, 300, 40, key=key):
+            table[row * 40 + draw.step, draw.records] = 1
+    assert np.abs(np.corrcoef(table) - np.eye(80)).max() < 5 / 2000**0.5
+
+
+@settings(max_examples=40, deadline=None)
+@given(records=st.integers(1, 2**40 - 1), share=st.floats(0, 0.5), step=st.integers(0, 2**62))
+def test_fixed_size_draws_are_the_first_different_ids_of_their_stream(records, share, step):
+    size = max(1, min(int(share * records), 300))
+    (draw,) = fixed_size_batches(records, size, step + 1, key=KEY, first_step=step)
+    stream = AesCtr().stream(derive(KEY, "fixed-size sampling", step))
+    chosen: set[int] = set()
+    for block in itertools.count():  # word by word, as exact integers
+        for word in read_words(stream, block, 1).reshape(-1).view(np.uint64).tolist():
+            if word < 2**64 // records * records and len(chosen) < size:
+                chosen.add(word % records)
+        if len(chosen) == size or 2 * size > records:
+            break
+    if 2 * size <= records:
+        assert draw.records.tolist() == sorted(chosen)
+    assert len(draw) == size
+
+
+def test_fixed_size_draws_continue_after_a_restart_and_may_hold_everything():
+    whole = list(fixed_size_batches(50, 20, 6, key=KEY))
+    rest = list(fixed_size_batches(50, 20, 6, key=KEY, first_step=4))
+    assert [draw.step for draw in rest] == [4, 5]
+    for old, new in zip(whole[4:], rest, strict=True):
+        assert np.array_equal(old.records, new.records)
+    assert not np.array_equal(whole[0].records, whole[1].records)
+    for draw in fixed_size_batches(50, 50, 2, key=KEY):
+        assert np.array_equal(draw.records, np.arange(50))
+
+
+@pytest.mark.parametrize("size", [0, 51, 2.5, True])
+def test_a_fixed_size_out_of_range_is_refused(size):
+    with pytest.raises(ValueError, match="batch_size"):
+        fixed_size_batches(50, size, 3, key=KEY)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from veilspan.accounting.sketched import SketchedClip
 
 RELATIONS = ("add_remove", "replace")
+_DRAWS = ("poisson", "without_replacement")
 _MOST_RECORDS_PER_UNIT = 1_000_000
 
 
@@ -34,6 +35,9 @@ class SampledGaussian:
             `sampling_probability` below 1 only.
         records_per_unit: k, the most records that the unit of interest holds, each of them drawn
             and clipped by itself. Above 1 for "add_remove" and exact norms only.
+        sampling: How a step's sample is drawn: each record by a chance of its own ("poisson"), or
+            a share q of all records, every such share as likely as any other
+            ("without_replacement"; for "replace", as the number of records is then public).
 
     Raises:
         ValueError: If an argument is outside its range, or `norms` or several records of a unit
@@ -51,6 +55,7 @@ class SampledGaussian:
     overflow: float = 0.0
     norms: SketchedClip | None = None
     records_per_unit: int = 1
+    sampling: str = "poisson"
 
     def __post_init__(self) -> None:
         check_number("noise_multiplier", self.noise_multiplier)
@@ -68,8 +73,20 @@ class SampledGaussian:
                 f"relation is {self.relation!r}; supported is {choices}. "
                 "The noise for one relation is not the noise for another."
             )
+        self._check_draws()
         self._check_norms()
         self._check_records()
+
+    def _check_draws(self) -> None:
+        if self.sampling not in _DRAWS:
+            choices = " or ".join(repr(draws) for draws in _DRAWS)
+            raise ValueError(f"sampling is {self.sampling!r}; supported is {choices}.")
+        if self.sampling == "without_replacement" and self.relation != "replace":
+            raise ValueError(
+                f"sampling is 'without_replacement' and relation is {self.relation!r}: batches of "
+                "a fixed share of the records show how many records there are, so that one more or "
+                "less is not hidden. Use relation='replace'."
+            )
 
     def _check_records(self) -> None:
         count = self.records_per_unit

@@ -12,13 +12,8 @@ from veilspan.accounting.bounds import DeltaBounds, EpsilonBounds
 from veilspan.accounting.calibration import find_noise
 from veilspan.accounting.engines import CertifiedEngine, Engine
 from veilspan.accounting.engines.overflow import overflow_probability
-from veilspan.accounting.mechanism import (
-    SampledGaussian,
-    check_count,
-    check_delta,
-    check_epsilon,
-)
-from veilspan.accounting.plan_checks import check_fields, check_plan
+from veilspan.accounting.mechanism import SampledGaussian, check_count, check_delta, check_epsilon
+from veilspan.accounting.plan_checks import check_fields, check_plan, draws
 from veilspan.accounting.sketched import SketchedClip
 from veilspan.accounting.statement import write_statement
 from veilspan.accounting.tradeoff import TradeOff, find_tradeoff
@@ -37,7 +32,8 @@ class PrivacyPlan:
     Args:
         noise_multiplier: σ, the noise standard deviation divided by `clip_norm`; 0 means no noise
             and an infinite ε.
-        sampling_probability: q, the chance of each record to be in a step's batch.
+        sampling_probability: q, the chance of each record to be in a step's batch; with
+            "without_replacement" the batch size over the number of records.
         steps: Number of releases the plan allows for; empty batches are releases too.
         delta: δ, the probability the guarantee may fail with; far below 1 / number of records.
         clip_norm: Sensitivity of the sum: the L2 norm that one record's contribution never
@@ -47,8 +43,8 @@ class PrivacyPlan:
             where it is not known to the plan. ε does not depend on it.
         unit: Whose presence is hidden, in the singular: "record", "document", "user".
         sampling: Sampling law: "poisson", every record independently with chance q;
-            "truncated_poisson", the same with samples cut to `batch_cap`; "full_batch", every
-            record in every step.
+            "truncated_poisson", the same with samples cut to `batch_cap`; "without_replacement", a
+            batch of one size for "replace"; "full_batch", every record in every step.
         relation: Neighbouring relation: "add_remove", one unit more or less; or "replace", one unit
             exchanged for another, which costs more.
         noise_stream: Where the noise comes from: "aes-ctr" (cryptographic) or "philox" (fast).
@@ -246,6 +242,7 @@ class PrivacyPlan:
             overflow=self._overflow,
             norms=self.norms,
             records_per_unit=self.records_per_unit,
+            sampling=draws(self),
         )
 
     @property

@@ -15,7 +15,7 @@ from veilspan.accounting.mechanism import (
 if TYPE_CHECKING:
     from veilspan.accounting.plan import PrivacyPlan
 
-SAMPLINGS = ("poisson", "truncated_poisson", "full_batch")
+SAMPLINGS = ("poisson", "truncated_poisson", "without_replacement", "full_batch")
 _ALLOWED = {
     "sampling": SAMPLINGS,
     "relation": RELATIONS,
@@ -94,7 +94,13 @@ def check_mechanism(plan: PrivacyPlan) -> None:
         relation=plan.relation,
         norms=plan.norms,
         records_per_unit=plan.records_per_unit,
+        sampling=draws(plan),
     )
+
+
+def draws(plan: PrivacyPlan) -> str:
+    """Return how the engines are told that samples are drawn; cuts they are told apart."""
+    return plan.sampling if plan.sampling == "without_replacement" else "poisson"
 
 
 def _check_clip_norm(plan: PrivacyPlan) -> None:
@@ -111,8 +117,8 @@ def _check_clip_norm(plan: PrivacyPlan) -> None:
 def _unknown(name: str, value: object, allowed: tuple[str, ...]) -> str:
     way_out = {
         "sampling": (
-            "Shuffled or fixed-size batches have another ε, for which nothing is certified here, "
-            "and must not be counted so."
+            "Batches of a shuffled order have another ε, for which nothing is certified here, and "
+            "must not be counted so."
         ),
         "relation": "The noise for replacing a record is not the noise for adding or removing one.",
         "noise_stream": "Name the stream that really draws the noise; the statement mentions it.",

@@ -144,6 +144,12 @@ def _drawn(plan: PrivacyPlan) -> str:
     one = _record(plan)
     if plan.sampling == "full_batch":
         return f"Every {one} is in every step (full batch), so no sample hides it."
+    if plan.sampling == "without_replacement":
+        return (
+            f"The batch of each step holds one and the same share, {plan.sampling_probability:g}, "
+            f"of the {one}s, a whole number of them. It is drawn afresh, every set of that many "
+            f"{one}s as likely as any other (without replacement). Shuffled batches would not do."
+        )
     cut = ""
     if plan.sampling == "truncated_poisson":
         cut = (

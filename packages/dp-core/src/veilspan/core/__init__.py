@@ -7,7 +7,7 @@ from veilspan.core.groups import ByPattern, Flat, PerBlock, PerLayer, PerParamet
 from veilspan.core.noise import GaussianNoise, PhiloxNoise, new_key
 from veilspan.core.release import Release
 from veilspan.core.rules import RecordsAlone, register_rule
-from veilspan.core.sampling import Draw, poisson_batches
+from veilspan.core.sampling import Draw, fixed_size_batches, poisson_batches
 from veilspan.core.sketch import NormLaw, Sketch
 from veilspan.core.step import PrivateStep
 
@@ -30,6 +30,7 @@ __all__ = [
     "Release",
     "Sketch",
     "UnsupportedModelError",
+    "fixed_size_batches",
     "new_key",
     "poisson_batches",
     "register_rule",

@@ -96,7 +96,8 @@ class Composition:
         self._parts = [_Part(grid, steps) for grid, steps in parts]
         self._origin = sum(steps * grid.origin for grid, steps in parts)
         self._steps = sum(steps for _, steps in parts)
-        self._log_finite = sum(part.log_finite for part in self._parts)
+        # The masses of the finite losses are not divided by their sum, so this is just added.
+        self._infinite = -math.expm1(sum(part.log_finite for part in self._parts))
         self._log_delta = math.log(delta)
         self._largest_transform = largest_transform
         self._charge = 2 * _OUTSIDE + _ROUNDING + _ROUNDING_PER_STEP * self._steps
@@ -147,7 +148,7 @@ class Composition:
         # As in `_invert`, whatever is missing or misplaced lies above ε.
         charge = sign * self._charge * math.exp(log_scale - self._theta * epsilon)
         finite = max(float(np.dot(weight, gain)) + charge, 0.0) * math.exp(self._log_delta)
-        return min(finite * math.exp(self._log_finite) - math.expm1(self._log_finite), 1.0)
+        return min(finite + self._infinite, 1.0)
 
     def _log_moments(self, order: Array) -> Array:
         """Return log E[exp(order · loss)] of the sum of all finite losses, for each order."""
@@ -226,8 +227,7 @@ class Composition:
 
     def _epsilon(self, sign: int) -> tuple[float, _Flaw]:
         """Return ε from above (`sign` +1) or below (-1) and what keeps it from being sharp."""
-        any_infinite = -math.expm1(self._log_finite)
-        target = (1 - any_infinite * math.exp(-self._log_delta)) * math.exp(-self._log_finite)
+        target = 1 - self._infinite * math.exp(-self._log_delta)
         if target <= 0:
             return (math.inf if sign > 0 else 0.0), "none"
         # Below this a weight could overflow.

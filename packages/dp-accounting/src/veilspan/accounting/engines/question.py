@@ -10,6 +10,7 @@ from typing import Literal
 from veilspan.accounting.engines.closed_form import SMALLEST_DELTA, gaussian_epsilon
 from veilspan.accounting.engines.compose import Composition, WindowTooWideError
 from veilspan.accounting.engines.discretise import GridLoss, Search, dominated, dominating
+from veilspan.accounting.engines.mirrored import MirroredStep
 from veilspan.accounting.engines.one_step import LARGEST_LOSS, OneStep
 from veilspan.accounting.engines.protocol import EngineError
 from veilspan.accounting.engines.records_step import records_step
@@ -203,10 +204,12 @@ def _random_step(one: SampledGaussian, bound: Bound, atoms: int, tail: float) ->
     return build(one, bound, atoms, tail)
 
 
-def _step(part: SampledGaussian, tail: float) -> OneStep | SymmetricStep:
+def _step(part: SampledGaussian, tail: float) -> OneStep | SymmetricStep | MirroredStep:
     q, sigma = part.sampling_probability, part.noise_multiplier
     if q == 1:
         return SymmetricStep(1.0, sigma * 2 / part.distance)
+    if part.sampling == "without_replacement":
+        return MirroredStep(q, sigma)
     if part.relation == "replace":
         return SymmetricStep(q, sigma)
     if part.records_per_unit > 1:
@@ -230,7 +233,7 @@ def _grid(
         guide = _random_step(one, bound, _GUIDE_ATOMS, tail)
         return dominated(step, direction, spacing, largest, Search(guide, law.tolerance))
     step = _step(one, tail)
-    if isinstance(step, SymmetricStep):
+    if isinstance(step, SymmetricStep | MirroredStep):
         build = step.dominating if bound == "upper" else step.dominated
         return build(spacing, tail)
     largest = step.largest_excess(tail)
