@@ -232,3 +232,18 @@ def test_bad_input_to_the_commands_is_one_clear_line(capsys, arguments, message)
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
     assert message in captured.err
+
+
+@pytest.mark.parametrize(
+    ("q", "sigma", "steps", "delta"),
+    [(0.01, 1.0, 1000, 1e-5), (0.001, 0.6, 10_000, 1e-7), (0.1, 2.0, 100, 1e-6)],
+)
+def test_error_shrinks_on_demand(q, sigma, steps, delta):
+    mechanism = SampledGaussian(noise_multiplier=sigma, sampling_probability=q, steps=steps)
+    wider = PldEngine().epsilon(mechanism, delta)
+    for width in (1e-4, 1e-5, 3e-6):
+        engine = PldEngine(relative_width=width, largest_transform=1 << 22)
+        bounds = engine.epsilon(mechanism, delta)
+        assert bounds.upper <= bounds.lower * (1 + width)
+        assert wider.lower <= bounds.lower <= bounds.upper <= wider.upper
+        wider = bounds

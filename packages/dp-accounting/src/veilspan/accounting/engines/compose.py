@@ -27,8 +27,7 @@ _OUTSIDE = 1e-12
 # Rounding of the transform and of the repeated squaring, as tilted mass; charged to δ.
 _ROUNDING = 1e-12
 _ROUNDING_PER_STEP = 1e-15
-_LOG_WANTED_ERROR = math.log(1e-4)  # of δ, relative
-_LARGEST_CHARGE = 1e-3  # relative to δ; above it another tilt is tried
+_LARGEST_CHARGE = 10  # times the error that is wanted; above it another tilt is tried
 _TILTS = 8
 
 _Flaw = Literal["none", "below window", "charged"]
@@ -79,6 +78,7 @@ class Composition:
         largest_transform: Most grid points the transform may have.
         guess: About where ε lies, rather too small than too large; `None` for no idea. Affects
             precision and cost only.
+        wanted_error: Of δ, relative, for the choice of the tilt: less takes a wider window.
 
     Raises:
         WindowTooWideError: If the transform would need more points; carries the spacing that fits.
@@ -91,6 +91,7 @@ class Composition:
         *,
         largest_transform: int,
         guess: float | None = None,
+        wanted_error: float = 1e-4,
     ) -> None:
         (self._spacing,) = {grid.spacing for grid, _ in parts}
         self._parts = [_Part(grid, steps) for grid, steps in parts]
@@ -100,6 +101,7 @@ class Composition:
         self._infinite = -math.expm1(sum(part.log_finite for part in self._parts))
         self._log_delta = math.log(delta)
         self._largest_transform = largest_transform
+        self._wanted_error = wanted_error
         self._charge = 2 * _OUTSIDE + _ROUNDING + _ROUNDING_PER_STEP * self._steps
         # Without a guess the tilt is the strongest that makes sense.
         self._stronger = 0.25 if guess is None else 2.0
@@ -169,7 +171,7 @@ class Composition:
         if guess is None:
             return float(orders[np.argmin(log_tail / orders)])
         log_error = math.log(self._charge) + log_tail - orders * guess
-        small = np.flatnonzero(log_error <= _LOG_WANTED_ERROR)
+        small = np.flatnonzero(log_error <= math.log(self._wanted_error))
         return float(orders[small[0] if len(small) else np.argmin(log_error)])
 
     def _spread(self, order: float) -> float:
@@ -254,7 +256,8 @@ class Composition:
         k = int(exceeds[-1])
         if k + 1 == len(loss):
             return (math.inf if sign > 0 else float(loss[-1])), "charged"
-        flaw = "none" if self._charge * untilt[k] < _LARGEST_CHARGE else "charged"
+        sharp = self._charge * untilt[k] < _LARGEST_CHARGE * self._wanted_error
+        flaw = "none" if sharp else "charged"
         # Within (loss[k], loss[k+1]] the charge is at most what it is at loss[k].
         excess = above[k + 1] - allowed[k]
         if excess <= 0 or discounted[k + 1] <= 0:

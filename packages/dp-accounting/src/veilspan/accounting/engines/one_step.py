@@ -25,7 +25,9 @@ Array = NDArray[np.floating[Any]]
 
 LARGEST_LOSS = 600.0  # exp(loss) must stay a finite double with room for products
 FINE_DEVIATIONS = 12.0  # cells are one spacing wide this near to loss 0, where the mass is
-_GROWTH = 0.006  # farther out a cell may be this fraction of its distance from loss 0
+# Farther out a cell may be a fraction of its distance from loss 0: the jump over the number of the
+# cells one spacing wide, so that finer grids are finer everywhere, but within these limits.
+_JUMP, _LEAST_GROWTH, _MOST_GROWTH = 2.4, 2e-4, 0.006
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ def distances(last: int, fine: int) -> NDArray[np.int64]:
     """Return 0, 1, …, `fine` and from there ever wider steps up to `last`."""
     if last <= fine:
         return np.arange(last + 1)
-    count = int(math.log(last / fine) / _GROWTH) + 2
+    growth = min(max(_JUMP / fine, _LEAST_GROWTH), _MOST_GROWTH)
+    count = int(math.log(last / fine) / growth) + 2
     far = np.geomspace(fine, last, count).astype(np.int64)
     return np.concatenate([np.arange(fine + 1), far, [last]])

@@ -18,8 +18,10 @@ from veilspan.accounting.engines.question import COARSE, OneDirection, Question
 from veilspan.accounting.engines.rdp import RdpEngine
 from veilspan.accounting.mechanism import Mechanism
 
-_FINENESS = (COARSE, 0.012, 0.005)  # grid spacing in standard deviations of one step's loss
+# Grid spacing in standard deviations of one step's loss, for who asks for ever more digits.
+_FINENESS = (COARSE, 0.012, 0.005, 0.002, 8e-4, 3e-4, 1e-4)
 _DELTA_WIDTH = 20  # how much wider than ε, relative, the bounds on δ may be
+_USEFUL = 0.7  # a refinement must leave less of the gap than this, or there is no other
 _METHOD = "privacy loss distribution"
 _CONTRADICTION = 1e-6
 _SMALLEST_DELTA = 1e-280
@@ -31,7 +33,8 @@ class PldEngine:
 
     Args:
         relative_width: The grid is refined until `upper / lower - 1` is at most this, or the
-            largest transform is reached; either way both bounds hold.
+            largest transform is reached; either way both bounds hold. Below about 1e-5 it takes
+            larger transforms, and below 1e-7 rounding may be in the way.
         largest_transform: Most points of one Fourier transform.
         one_sided: Skip the lower bound, which is then 0, and the refinement: a third of the time
             for an upper bound at most 0.05 % looser. Never below the two-sided upper bound.
@@ -69,7 +72,7 @@ class PldEngine:
             if bounds.upper <= bounds.lower * (1 + self.relative_width):
                 break
             finer = self._bounds(question, fineness)
-            useful = finer.upper - finer.lower < 0.7 * (bounds.upper - bounds.lower)
+            useful = finer.upper - finer.lower < _USEFUL * (bounds.upper - bounds.lower)
             bounds = _tighter(bounds, finer)
             if not useful:
                 break  # the largest transform is reached
@@ -103,6 +106,7 @@ class PldEngine:
         moments = not (estimated_norms(mechanism) or several_records(mechanism))
         if moments and parts[0].relation == "add_remove":
             best = _tighter_delta(best, RdpEngine().delta(mechanism, epsilon))
+        width = math.inf
         for fineness in _FINENESS:
             while True:  # the grid is made for a δ: ask again until it is made for about this one
                 scale = max(best.upper, _SMALLEST_DELTA)
@@ -111,10 +115,11 @@ class PldEngine:
                 best = _tighter_delta(best, finer)
                 if best.upper >= 0.1 * scale or scale == _SMALLEST_DELTA:
                     break
-            if self.one_sided or best.upper <= best.lower * (
-                1 + _DELTA_WIDTH * self.relative_width
-            ):
+            wide = best.upper - best.lower
+            reached = best.upper <= best.lower * (1 + _DELTA_WIDTH * self.relative_width)
+            if self.one_sided or reached or wide >= _USEFUL * width:
                 break
+            width = wide
         return best
 
     def _delta_bounds(self, question: Question, epsilon: float, fineness: float) -> DeltaBounds:

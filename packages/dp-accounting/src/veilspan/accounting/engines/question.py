@@ -32,6 +32,7 @@ _LOST = 1e-10
 _ROUGH_TRANSFORM = 1 << 14
 _COARSENINGS = 12
 _GUESSES = 2
+_WANTED_ERROR = 1e-4  # of δ, relative, on the coarse grid
 _SKEWNESS = 0.02  # below it a sum is normal enough for a guess
 # Losses of random contributions may be rare and huge: far above ε they may count as infinite.
 _FIRST_LARGEST, _FAR_ABOVE = 100.0, 50.0
@@ -160,7 +161,11 @@ class Question:
             ]
             try:
                 return Composition(
-                    grids, delta, largest_transform=self.largest_transform, guess=guess
+                    grids,
+                    delta,
+                    largest_transform=self.largest_transform,
+                    guess=guess,
+                    wanted_error=_WANTED_ERROR * (fineness / COARSE) ** 2,
                 )
             except WindowTooWideError as error:
                 spacing = error.spacing
