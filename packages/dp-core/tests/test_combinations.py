@@ -33,6 +33,7 @@ from veilspan.core import (
     PrivacyError,
     PrivateStep,
 )
+from veilspan.core.contributions import OuterProducts
 from veilspan.core.testing import Oracle
 from veilspan.core.testing.conformance import TOLERANCE, assert_close
 from veilspan.core.testing.oracle import flat
@@ -208,8 +209,8 @@ def summed(model, batch, case):
     return capture.sums
 
 
-@pytest.mark.parametrize("case", CASES, ids=label)
-def test_combination_equals_the_oracle(case):
+def assert_case(case):
+    """Compare the sums of one case with the oracle, and each record's share with the threshold."""
     model, batch = model_of(case)
     expected = Oracle.of(model, losses_of, batch, clipping_of(case))
     model.checkpointing = case["checkpointing"]
@@ -222,6 +223,32 @@ def test_combination_equals_the_oracle(case):
     for b in range(5):
         alone = batch | {"weight": nn.functional.one_hot(torch.tensor(b), 5)}
         assert flat(summed(model, alone, case)).norm() <= C * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_combination_equals_the_oracle(case):
+    assert_case(case)
+
+
+# Models as small as these would keep every gradient: here all layers keep their factors, or some.
+@pytest.mark.parametrize("widest", [100, 8], ids=["all", "some"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        {**case, "backward": "per_sample", "norms": norms}
+        for case in CASES
+        for norms in ("auto", "gram")
+        if case["backward"] in ("per_sample", "two_pass")
+    ],
+    ids=label,
+)
+def test_gradients_and_factors_kept_side_by_side_equal_the_oracle(case, widest, monkeypatch):
+    monkeypatch.setattr("veilspan.core.plan.keeping_pays", lambda shape, *_: shape[2] <= widest)
+    monkeypatch.setattr("veilspan.core.measures.table_pays", lambda *_: widest == 100)
+    weighed, add_to = [], OuterProducts.add_to
+    monkeypatch.setattr(OuterProducts, "add_to", lambda *a: (weighed.append(1), add_to(*a)))
+    assert_case(case)
+    assert bool(weighed) == (case["accumulate"] == "fp32")  # integers need each sample's gradient
 
 
 PLAIN = {

@@ -85,8 +85,9 @@ def test_a_compiled_block_has_no_graph_break_and_clips_exactly(strategy):
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("strategy", ["two_pass", "bookkeeping"])
-def test_inductor_reuses_no_memory_that_a_strategy_keeps(strategy):
+@pytest.mark.parametrize("strategy", ["two_pass", "bookkeeping", "per_sample"])
+def test_inductor_reuses_no_memory_that_a_strategy_keeps(strategy, monkeypatch):
+    monkeypatch.setattr("veilspan.core.plan.keeping_pays", lambda *_: True)
     compiled_equals_oracle(Stack(), strategy, backend="inductor")
 
 

@@ -62,6 +62,21 @@ def test_long_records_keep_their_gradients_and_very_short_ones_their_activations
     assert chosen(64, 8).name == "bookkeeping"
 
 
+def test_what_is_kept_of_a_layer_is_the_smaller_of_gradient_and_factors():
+    whole = sum(i * o for i, o in LINEARS) * 4.0 * 4  # bytes of four gradients
+    short, longer = ({f.name: f for f in chosen(4, t).forecasts} for t in (64, 1024))
+    assert short["per_sample"].bytes < whole / 4
+    assert longer["per_sample"].bytes == whole
+    table = dataclasses.replace(shape(), parameters=shape().parameters + 8192 * 512)
+    looked_up = dataclasses.replace(table, tables=((8192, 512),))
+    dense, sparse = (
+        next(f for f in forecast_all(4, 512, s, RATES, SECONDS) if f.name == "per_sample")
+        for s in (table, looked_up)
+    )
+    assert sparse.bytes < dense.bytes - 4 * 4 * 8192 * 512 / 2
+    assert sparse.seconds < dense.seconds
+
+
 def test_what_does_not_fit_into_memory_is_not_chosen():
     tight = chosen(4, 4096, memory=1e6)
     assert tight.name == "two_pass"

@@ -9,12 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from veilspan.core.norms import gram_tile
 from veilspan.core.rates import DeviceRates
 
 _FP32 = 4.0  # bytes
 _GRADIENT_PASSES = 3.0  # write, read for the norm, read for the sum
 _LAYER_CALLS = 400.0
 """A linear map, forward and backward with what runs beside it, in calls on almost nothing."""
+_SPARSE, _LARGE_TABLE = 8, 1 << 20
+"""Rows per token, and elements, from which a sample's distinct rows are found."""
+_TABLE_CALLS = 200.0
+"""Norm and sum of one sample's rows of a table, in calls on almost nothing."""
 _NORMAL_FLOPS = 1500.0
 """Drawing one Gaussian number from a cryptographic stream, in operations of matrix products."""
 _TELLING = 1.03
@@ -36,6 +41,7 @@ class ModelShape:
         features: Σ(I + O) over the linear maps of the largest clipping group.
         layered: Whether every clipping group ends within a layer.
         gradient_bytes: Of one element of a gradient.
+        tables: (rows, width) of each embedding table.
         frozen: Elements that are used but not trained.
         tied: Trainable elements that several modules use; their gradients are kept per record.
         alone: Elements of the largest module whose records run one at a time.
@@ -49,6 +55,7 @@ class ModelShape:
     features: int
     layered: bool
     gradient_bytes: float = _FP32
+    tables: tuple[tuple[int, int], ...] = ()
     frozen: int = 0
     tied: int = 0
     alone: int = 0
@@ -103,8 +110,47 @@ def norm_seconds(
     if method == "direct":
         product = 2.0 * length * inputs * outputs / rates.flops
         return product + _FP32 * inputs * outputs / rates.bandwidth
-    products = length * length * (inputs + outputs) / rates.flops  # half of the tiles
-    return products + 12.0 * length * length / 2 / rates.bandwidth
+    pairs = length * (length + min(gram_tile(length), length)) / 2  # on the diagonal and below
+    products = 2.0 * pairs * (inputs + outputs) / rates.flops
+    return products + 12.0 * pairs / rates.bandwidth
+
+
+def keeping_pays(
+    shape: tuple[int, int, int], rates: DeviceRates, gradient_bytes: float = _FP32
+) -> bool:
+    """Return whether a linear map's factors, with its norm by Gram, beat a gradient per sample.
+
+    Args:
+        shape: Tokens T, input features I, output features O of the linear map.
+        rates: The device.
+        gradient_bytes: Of one element of a gradient.
+    """
+    length, inputs, outputs = shape
+    formed = _stored_bytes(gradient_bytes) * inputs * outputs / rates.bandwidth
+    kept = norm_seconds("gram", shape, rates) + _scaled_bytes(shape) / rates.bandwidth
+    return kept < formed and length * (inputs + outputs) < inputs * outputs
+
+
+def table_pays(length: int, rows: int, width: int) -> bool:
+    """Return whether finding a sample's distinct rows beats a table of its own.
+
+    Args:
+        length: Tokens T.
+        rows: Rows of the table.
+        width: Its columns.
+    """
+    return _SPARSE * length <= rows and rows * width >= _LARGE_TABLE
+
+
+def _stored_bytes(gradient_bytes: float) -> float:
+    """Return what is read and written for each element of a gradient that is kept."""
+    return _GRADIENT_PASSES * gradient_bytes + 2.0 * _FP32
+
+
+def _scaled_bytes(shape: tuple[int, int, int]) -> float:
+    """Return what weighing a sample's factors reads and writes."""
+    length, inputs, outputs = shape
+    return 3.0 * _FP32 * length * (inputs + outputs)
 
 
 def cheaper_norm(shape: tuple[int, int, int], rates: DeviceRates, *, probes: int = 0) -> str:
@@ -152,15 +198,17 @@ def forecast_all(
         rates: The device.
         norm_cost: Seconds of one norm.
     """
-    parameters = _FP32 * model.parameters
-    gradient = model.gradient_bytes * model.parameters
-    stored = size * (_GRADIENT_PASSES * gradient + 2.0 * parameters) / rates.bandwidth
     products = sum(2.0 * size * length * i * o for i, o in model.linears) / rates.flops
     norms = sum(size * norm_cost(length, i, o) for i, o in model.linears)
-    scaling = sum(3.0 * _FP32 * size * length * (i + o) for i, o in model.linears)
-    calls = 20.0 * len(model.linears) * rates.call_seconds
-    weighed = norms + (scaling + 3.0 * parameters) / rates.bandwidth + calls
-    kept = "single_sample" if size <= 1 else "per_sample"
+    scaling = sum(size * _scaled_bytes((length, i, o)) for i, o in model.linears)
+    weighed = norms + scaling / rates.bandwidth
+    weighed += _weighing_seconds(len(model.linears), model.parameters, rates)
+    whole_seconds = _stored_bytes(model.gradient_bytes) * model.parameters / rates.bandwidth
+    stored, gradient = size * whole_seconds, size * model.gradient_bytes * model.parameters
+    kept = "single_sample"
+    if size > 1:
+        kept = "per_sample"
+        stored, gradient = _stored(size, length, model, rates)
     # Whole gradients per record, which no strategy but single_sample does without.
     whole = size * model.gradient_bytes
     book = _FP32 * size * length * model.features + whole * (model.tied + model.alone_in_group)
@@ -171,11 +219,38 @@ def forecast_all(
         Forecast(name="two_pass", seconds=weighed + 1.3 * products, bytes=least),
     ]
     if not model.estimated:
-        found.append(Forecast(name=kept, seconds=stored, bytes=size * gradient))
+        found.append(Forecast(name=kept, seconds=stored, bytes=gradient))
     if model.layered and not model.estimated:
         layer = _FP32 * model.largest + least
-        found.append(Forecast(name="per_layer", seconds=0.9 * stored, bytes=layer))
-    return sorted(found, key=lambda forecast: forecast.seconds)
+        seconds = 0.9 * size * whole_seconds
+        found.append(Forecast(name="per_layer", seconds=seconds, bytes=layer))
+    # To the nanosecond: where per_sample keeps every factor it is bookkeeping, which comes first.
+    return sorted(found, key=lambda forecast: round(forecast.seconds, 9))
+
+
+def _stored(size: int, length: int, model: ModelShape, rates: DeviceRates) -> tuple[float, float]:
+    """Return seconds and bytes of keeping, layer by layer, gradients or factors."""
+    each, once, held = 0.0, 0.0, 0.0
+    rest = model.parameters
+    for inputs, outputs in model.linears:
+        shape = (length, inputs, outputs)
+        if keeping_pays(shape, rates, model.gradient_bytes):
+            rest -= inputs * outputs
+            each += norm_seconds("gram", shape, rates) + _scaled_bytes(shape) / rates.bandwidth
+            once += _weighing_seconds(1, inputs * outputs, rates)
+            held += _FP32 * length * (inputs + outputs)
+    for rows, width in model.tables:
+        if table_pays(length, rows, width):
+            rest -= rows * width
+            each += _TABLE_CALLS * rates.call_seconds
+            held += _FP32 * length * width
+    each += _stored_bytes(model.gradient_bytes) * rest / rates.bandwidth
+    return size * each + once, size * (held + model.gradient_bytes * rest)
+
+
+def _weighing_seconds(layers: int, elements: int, rates: DeviceRates) -> float:
+    """Return what adding weighed products takes, however many records there are."""
+    return 20.0 * layers * rates.call_seconds + 3.0 * _FP32 * elements / rates.bandwidth
 
 
 def choose(forecasts: Sequence[Forecast], memory: float) -> Choice | None:
@@ -189,7 +264,7 @@ def choose(forecasts: Sequence[Forecast], memory: float) -> Choice | None:
     if not fitting:
         return None
     # One record alone needs no rule and no slack: the norm is that of the very numbers it adds.
-    best = min(fitting, key=lambda f: (f.name != "single_sample", f.seconds))
+    best = min(fitting, key=lambda f: (f.name != "single_sample", round(f.seconds, 9)))
     if best.name == "single_sample":
         reason = "one record a micro-batch: its gradient is the batch's own"
     elif len(fitting) < len(forecasts):

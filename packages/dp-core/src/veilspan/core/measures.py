@@ -12,7 +12,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from veilspan.core.contributions import Contribution, NormChoice, OuterProducts
+from veilspan.core.contributions import Contribution, Lookups, NormChoice, OuterProducts
+from veilspan.core.cost import table_pays
 from veilspan.core.errors import PrivacyError
 from veilspan.core.noise import GaussianNoise, new_key
 from veilspan.core.norms import compute_dtype, rounding_guard
@@ -52,6 +53,7 @@ class Measure:
         shards: Who holds the rest of each sequence.
         sketch: Numbers of probes and blocks; None for exact norms.
         pays: Whether an estimate of a linear map is cheaper than its exact norm.
+        keeping_pays: Whether its two factors are worth keeping, in place of each sample's gradient.
 
     Raises:
         PrivacyError: If ranks that hold a sequence together were given different probes.
@@ -62,6 +64,7 @@ class Measure:
     shards: SequenceShards
     sketch: Sketch | None = None
     pays: Callable[[int, int, int], bool] = lambda *_: False
+    keeping_pays: Callable[[int, int, int], bool] = lambda *_: False
     _stream: NoiseSource | None = field(init=False, repr=False, default=None)
     _salt: str = field(init=False, repr=False, default="")
     _micro_batch: int = field(init=False, default=-1)
@@ -97,6 +100,12 @@ class Measure:
         if self.sketch is not None and self.sketch.basis and isinstance(part, OuterProducts):
             return self._with_basis(name, part)
         return self.of_projection(name, self.projection(name, part))
+
+    def worth_keeping(self, part: Contribution) -> bool:
+        """Return whether norm and sum from two factors cost less than each sample's gradient."""
+        if isinstance(part, Lookups):
+            return table_pays(part.grad_BTD.shape[1], part.rows, part.grad_BTD.shape[2])
+        return isinstance(part, OuterProducts) and part.worth_projecting(self.keeping_pays)
 
     def adds_uses(self, name: str) -> bool:
         """Return whether uses of a parameter are added up as projections, not as gradients."""

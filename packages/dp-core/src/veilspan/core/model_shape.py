@@ -10,6 +10,7 @@ from torch import nn
 from veilspan.core.cost import ModelShape
 from veilspan.core.groups import Groups
 from veilspan.core.rules import RecordsAlone
+from veilspan.core.rules.embedding import EmbeddingRule
 from veilspan.core.rules.linear import LinearRule
 from veilspan.core.sketch import Sketch
 from veilspan.core.survey import OwnedModule, trainable_parameters
@@ -39,11 +40,14 @@ def shape_of(
         for p in module.parameters.values()
         if sketch is not None and sketch.projects(p)
     }
+    tables: list[tuple[int, int]] = []
     for module in modules:
         if isinstance(module.rule, RecordsAlone):
             for parameter in module.parameters.values():
                 alone[groups.index[names[id(parameter)]]] += parameter.numel()
         weight = module.parameters.get("weight")
+        if isinstance(module.rule, EmbeddingRule) and weight is not None:
+            tables.append((len(weight), weight.shape[1]))
         if isinstance(module.rule, LinearRule) and weight is not None:
             outputs, inputs = weight.shape
             linears.append((inputs, outputs))
@@ -53,6 +57,7 @@ def shape_of(
         parameters=sum(elements.values()),
         largest=max(_elements(m) for m in modules),
         features=max(features),
+        tables=tuple(tables),
         layered=_end_within_layers(groups, modules, names),
         tied=sum(elements[p] for p, count in uses.items() if count > 1 and p not in projected),
         alone=max((_elements(m) for m in modules if isinstance(m.rule, RecordsAlone)), default=0),

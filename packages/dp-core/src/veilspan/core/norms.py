@@ -18,6 +18,7 @@ GRAM_CANCELLATION = 1e-5
 CANCELLING = 4.0
 """Σ‖a‖‖g‖ beyond this times √T times the norm: terms cancel more than those of random tokens."""
 
+_SMALL_TILE, _TILE, _LARGE_TILE = 64, 128, 256  # tokens of a side of a Gram tile
 _CHAIN = 1024  # fp32 sums of squares stay this short; longer chains lose digits of the norm
 
 
@@ -38,6 +39,11 @@ def sq_norms(values_Bx: Tensor) -> Tensor:
     chains = flat_Bn[:, :whole].unflatten(1, (whole // _CHAIN, _CHAIN))
     sq_B = _row_norms(chains).square().sum(1)
     return sq_B + _row_norms(flat_Bn[:, whole:]).square()
+
+
+def gram_tile(length: int) -> int:
+    """Return the tokens of a side of a Gram tile: small enough that half of them can be skipped."""
+    return min(max(length // 2, _SMALL_TILE), _TILE)
 
 
 def rounding_guard(length: int, dtype: torch.dtype) -> float:
@@ -116,7 +122,6 @@ class BlockedKernel:
         size_B = magnitudes(act_BTI, grad_BTO) * factor_B
         used_B = factor_B != 0.0
         steady_B = used_B & (size_B <= CANCELLING * math.sqrt(act_BTI.shape[1]) * clip_norm)
-        total = grad_BTO.new_zeros((grad_BTO.shape[2], act_BTI.shape[2]), dtype=dtype)
         if int(steady_B.sum()) > 1:
             act, grad, factors = act_BTI, grad_BTO, factor_B
             if not bool(steady_B.all()):
@@ -126,8 +131,9 @@ class BlockedKernel:
                 act = act * factors
             else:
                 grad = grad * factors
-            torch.mm(grad.flatten(0, 1).mT, act.flatten(0, 1), out=total)
+            total = torch.mm(grad.flatten(0, 1).mT, act.flatten(0, 1))
         else:
+            total = grad_BTO.new_zeros((grad_BTO.shape[2], act_BTI.shape[2]), dtype=dtype)
             steady_B = torch.zeros_like(steady_B)
         for b in (used_B & ~steady_B).nonzero().flatten().tolist():
             product = grad_BTO[b].mT.to(dtype) @ act_BTI[b].to(dtype)
@@ -147,7 +153,9 @@ class BlockedKernel:
     def _gram(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
         dtype = compute_dtype(grad_BTO.dtype)
         batch = act_BTI.shape[0]
-        side = max(1, min(256, math.isqrt(self.block_elements // max(1, batch))))
+        # A GPU would rather start fewer products than skip some of their work.
+        best = gram_tile(act_BTI.shape[1]) if act_BTI.device.type == "cpu" else _LARGE_TILE
+        side = max(1, min(best, math.isqrt(self.block_elements // max(1, batch))))
         acts = [block.to(dtype) for block in act_BTI.split(side, dim=1)]
         grads = [block.to(dtype) for block in grad_BTO.split(side, dim=1)]
         sq_B = grad_BTO.new_zeros(batch, dtype=torch.float64)

@@ -17,6 +17,7 @@ from veilspan.core.cost import (
     cheaper_norm,
     choose,
     forecast_all,
+    keeping_pays,
     norm_cost,
 )
 from veilspan.core.errors import UnsupportedModelError
@@ -143,6 +144,13 @@ class StrategyPlan:
         """Return whether an estimate takes less time than the exact norm."""
         return cheaper_norm((length, inputs, outputs), self.rates, probes=self.probes) == "sketch"
 
+    def keeping_pays(self, length: int, inputs: int, outputs: int) -> bool:
+        """Return whether a layer's factors cost less than each sample's gradient of it."""
+        shape = (length, inputs, outputs)
+        if self.norms not in ("auto", "gram"):
+            return False
+        return keeping_pays(shape, self.rates, self.shape.gradient_bytes)
+
     def measure(self, owned: Mapping[str, nn.Parameter], shards: SequenceShards) -> Measure:
         """Return what takes squared norms of parameters, given by name."""
         return Measure(
@@ -151,6 +159,7 @@ class StrategyPlan:
             shards=shards,
             sketch=self.norms if isinstance(self.norms, Sketch) else None,
             pays=self.sketch_pays,
+            keeping_pays=self.keeping_pays,
         )
 
     @property

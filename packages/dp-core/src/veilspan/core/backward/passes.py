@@ -1,7 +1,6 @@
 """What backward passes do with the two factors that a tap hands over.
 
-B samples, M groups. A parameter that one forward pass uses several times (tied or shared weights)
-needs its per-sample gradient: the norm of a sum is not the sum of the norms.
+B samples, M groups.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from veilspan.core.backward.base import Workspace
+from veilspan.core.backward.samples import Samples
 from veilspan.core.contributions import Contribution
 from veilspan.core.measures import Squares
 from veilspan.core.norms import compute_dtype, sq_norms
@@ -21,35 +21,6 @@ from veilspan.core.taps import MicroBatch, Use
 
 _TOGETHER = 1 << 22
 """Elements, at most, of per-sample gradients that are formed at once where none should be kept."""
-
-
-class Samples:
-    """Per-sample gradients `[B, *parameter]` by name, added up over the uses of a parameter."""
-
-    def __init__(self, work: Workspace, size: int) -> None:
-        self._work, self._size = work, size
-        self._grads: dict[str, Tensor] = {}
-
-    def add(self, name: str, part: Contribution) -> None:
-        """Add one use, in the parameter's own dtype."""
-        parameter, known = self._work.owned[name], self._grads.get(name)
-        if known is not None:
-            known.add_(part.per_sample())
-            return
-        buffer = self._work.buffers.take(name, self._size, parameter)
-        self._grads[name] = part.per_sample(buffer).to(parameter.dtype)
-
-    def names(self) -> list[str]:
-        """Return the names of the parameters seen so far."""
-        return list(self._grads)
-
-    def sq_norms(self, name: str) -> Tensor:
-        """Return the squared norm of each sample's gradient of one parameter, `[B]` fp64."""
-        return sq_norms(self._grads[name])
-
-    def flush(self, name: str, factor_B: Tensor) -> None:
-        """Add Σ_b factor_b · gradient_b to the clipped sum, and forget the gradients."""
-        self._work.sums.add_samples_(name, self._grads.pop(name), factor_B)
 
 
 class Estimates:
@@ -102,38 +73,6 @@ class Estimates:
         self._sq_norm_Bb += found.values_Bb
         if found.rounding_B is not None:
             self._rounding_B += found.rounding_B
-
-
-class SamplePass:
-    """Forms the per-sample gradient of every parameter.
-
-    The norm is taken as soon as the last use has come back, while the gradient is in the cache.
-
-    Args:
-        work: The step's parts.
-        batch: The micro-batch.
-    """
-
-    keeps = False
-
-    def __init__(self, work: Workspace, batch: MicroBatch) -> None:
-        self.samples = Samples(work, batch.size)
-        self._awaited = Counter(batch.uses)
-        self._sq_norms: dict[str, Tensor] = {}
-
-    def receive(self, use: Use) -> None:
-        """Add this use to the per-sample gradients."""
-        for name, part in use.parts():
-            self.samples.add(name, part)
-            self._sq_norms.pop(name, None)  # whatever was measured before this use
-            self._awaited[name] -= 1
-            if self._awaited[name] <= 0:
-                self._sq_norms[name] = self.samples.sq_norms(name)
-
-    def sq_norms(self, name: str) -> Tensor:
-        """Return the squared norm of each sample's gradient of one parameter, `[B]` fp64."""
-        known = self._sq_norms.get(name)  # missing where the loss did not reach every use
-        return self.samples.sq_norms(name) if known is None else known
 
 
 class NormPass:

@@ -1,16 +1,20 @@
-"""Per-sample gradients kept until their norms are known: one backward pass, B·P memory."""
+"""Per-sample gradients kept until their norms are known: one backward pass, at most B·P memory.
+
+Where sequences are short against a layer, its two factors are kept in their place, as in the mixed
+form of book-keeping: Bu et al. (2023), https://arxiv.org/abs/2210.00038.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from veilspan.core.backward.base import STORED_SLACK, Workspace
-from veilspan.core.backward.passes import SamplePass
+from veilspan.core.backward.base import FORMED_SLACK, STORED_SLACK, Workspace
+from veilspan.core.backward.samples import SamplePass
 
 
 class PerSample:
-    """Extra FLOPs 0; the norm is taken of the very numbers that are summed."""
+    """Extra FLOPs 0, but for layers whose factors are kept: there, those of the Gram norm."""
 
     name = "per_sample"
     tapped = True
@@ -21,12 +25,13 @@ class PerSample:
         assert batch is not None
         formed, index = SamplePass(work, batch), work.groups.index
         batch.differentiate(losses_B.sum(), formed)
-        samples = formed.samples
         work.attachment.require_owned_gradients_only()
         shape = (len(work.groups), batch.size)
         sq_norm_MB = torch.zeros(shape, dtype=torch.float64, device=losses_B.device)
-        for name in samples.names():
+        for name in formed.names():
             sq_norm_MB[index[name]] += formed.sq_norms(name)
-        factor_MB = work.all_factors(sq_norm_MB, slack=work.slack(fp32=STORED_SLACK))
-        for name in samples.names():
-            samples.flush(name, factor_MB[index[name]])
+        slack = STORED_SLACK if formed.formed_only else FORMED_SLACK
+        factor_MB = work.all_factors(sq_norm_MB, slack=work.slack(fp32=slack))
+        with torch.no_grad():  # factors that were kept belong to a graph
+            for name in formed.names():
+                formed.flush(name, factor_MB[index[name]])
