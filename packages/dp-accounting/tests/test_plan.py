@@ -76,7 +76,10 @@ def test_nothing_to_release_needs_no_noise():
         ({"target_epsilon": -1.0}, "target_epsilon is -1.0"),
         ({"target_epsilon": math.inf}, "target_epsilon is inf"),
         ({"target_epsilon": math.nan}, "target_epsilon is nan"),
-        ({"target_epsilon": 1e-6, "steps": 10**9, "sampling_probability": 1.0}, "Raise target_eps"),
+        (
+            {"target_epsilon": 1e-6, "steps": 10**9, "sampling_probability": 1.0},
+            r"the closest ε is 0\.1\d+\. Raise target_eps",
+        ),
         ({"target_epsilon": 1e6, "steps": 1}, "protects nothing"),
         ({"delta": 0.0}, "delta is 0.0"),
         ({"sampling_probability": 1.5}, "sampling_probability is 1.5"),

@@ -10,6 +10,7 @@ from typing import Any
 
 from scipy.optimize import brentq
 
+from veilspan.accounting.bounds import round_up
 from veilspan.accounting.engines import CertifiedEngine, Engine, PldEngine
 from veilspan.accounting.mechanism import SampledGaussian, check_delta, check_number
 
@@ -105,12 +106,13 @@ def _enclose(epsilon: Callable[[float], float], target: float) -> tuple[float, f
     """Return noise multipliers of which the first is too small and the second large enough."""
     high = 1.0
     while epsilon(high) > target:
-        high *= 2
-        if high > _LARGEST:
+        if high == _LARGEST:
             raise ValueError(
                 f"target_epsilon={target} needs a noise multiplier above {_LARGEST:g}, which "
-                "leaves no signal. Raise target_epsilon, or lower steps or sampling_probability."
+                f"leaves no signal; with that much the closest ε is {round_up(epsilon(high))}. "
+                "Raise target_epsilon, or lower steps or sampling_probability."
             )
+        high = min(2 * high, _LARGEST)
     low = high / 2
     while epsilon(low) <= target:
         low, high = low / 2, low
