@@ -90,7 +90,7 @@ def test_delta_at_zero_is_never_below_its_closed_form(share, sampling, sigma):
     assert exact <= bounds.upper <= exact * (1 + 1e-5)
 
 
-# The last pair beats the first over two steps at small ε: neither is the worst of all.
+# Neighbours that attain one step, and others: a step may have other neighbours than the one before.
 PAIRS = [([-1.0] * 5, 1.0, -1.0), ([0.0] * 5, 1.0, -1.0), ([1, -1, 0.5, 0, -0.5], 1.0, -0.2)]
 
 
@@ -160,6 +160,13 @@ def test_fixed_sizes_cost_more_than_poisson_samples_and_less_than_none():
     assert fixed.upper < everything.upper
     full = {**SETTINGS, "sampling_probability": 1.0, "sampling": "full_batch"}
     assert everything == PrivacyPlan(**full, relation="replace").epsilon()
+
+
+@pytest.mark.parametrize(("sigma", "fixed", "poisson"), [(1.0, 14.83, 2.844), (2.0, 2.199, 1.206)])
+def test_numbers_of_the_guide(sigma, fixed, poisson):
+    values = {**SETTINGS, "noise_multiplier": sigma}
+    for law, number in ((LAW, fixed), ({"relation": "replace"}, poisson)):
+        assert number * (1 - 1e-3) < PrivacyPlan(**values, **law).epsilon().upper <= number
 
 
 @settings(max_examples=25, deadline=None)

@@ -33,8 +33,8 @@ class PldEngine:
 
     Args:
         relative_width: The grid is refined until `upper / lower - 1` is at most this, or the
-            largest transform is reached; either way both bounds hold. Below about 1e-5 it takes
-            larger transforms, and below 1e-7 rounding may be in the way.
+            largest transform is reached; either way both bounds hold. Below about 1e-5 that may
+            take a larger transform.
         largest_transform: Most points of one Fourier transform.
         one_sided: Skip the lower bound, which is then 0, and the refinement: a third of the time
             for an upper bound at most 0.05 % looser. Never below the two-sided upper bound.
