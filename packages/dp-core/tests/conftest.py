@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from veilspan.core.testing.oracle import Batch
 
@@ -55,6 +57,30 @@ FAMILIES = {
     "qwen2_moe": ("qwen2_moe", BASE),
     "qwen3_moe": ("qwen3_moe", BASE),
 }
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that was made; views and work in place make none."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        known = {leaf.untyped_storage().data_ptr() for leaf in tensors((args, kwargs))}
+        for leaf in tensors(made):
+            if leaf.untyped_storage().data_ptr() not in known:
+                self.elements = max(self.elements, leaf.numel())
+        return made
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@pytest.fixture
+def largest() -> Largest:
+    """Return a context that watches the sizes of tensors."""
+    return Largest()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from veilspan.core.formed import Formed, Recomputed
 from veilspan.core.head import fused_causal_lm_losses
 from veilspan.core.measures import Measure
 from veilspan.core.measures import _common_key as fresh_key
-from veilspan.core.norms import BlockedKernel
+from veilspan.core.norms import BlockedKernel, compute_dtype
 from veilspan.core.plan import StrategyPlan
 from veilspan.core.reduction import LocalShards
 from veilspan.core.survey import trainable_parameters
@@ -57,11 +57,11 @@ def always_estimate(monkeypatch):
 def drawn(name, parameter, size, micro_batch, probes):
     """Return the probes that the records of one micro-batch have for one parameter."""
     columns = parameter.numel() // len(parameter)
-    values = torch.zeros((size, columns, probes), dtype=torch.float64)
+    values = torch.zeros((columns, size, probes), dtype=torch.float64)
     GaussianNoise(KEY).add_(
         values, stddev=1.0, step=micro_batch, name=f"probes/{KEY.hex()}/{name}", offset=0
     )
-    return values
+    return values.transpose(0, 1)
 
 
 def expected_sum(model, losses, batch, clipping, *, size, exact=(), probes=PROBES, blocks=BLOCKS):
@@ -215,6 +215,47 @@ def test_each_kind_projects_its_own_gradient(position):
     torch.testing.assert_close(found.values_BRk, gradient @ probes)
     assert part.size == 3
     assert (found.size_B >= gradient.flatten(1).norm(dim=1) * (1 - 1e-12)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inputs", "outputs", "count"), [(300, 290, 64), (1030, 7, 1), (5, 4, 0)])
+def test_a_projection_is_the_same_in_one_piece_and_in_rows(inputs, outputs, count, dtype):
+    """Shapes that a few rows at a time do not divide, and no probe at all."""
+    act, grad = torch.randn(2, 9, inputs).to(dtype), torch.randn(2, 9, outputs).to(dtype)
+    part = OuterProducts(act_BTI=act, grad_BTO=grad, kernel=BlockedKernel())
+    probes = torch.randn(2, inputs, count, dtype=compute_dtype(dtype))
+    expected = grad.double().mT @ (act.double() @ probes.double())
+    found = part.project(probes).values_BRk
+    assert found.dtype == probes.dtype
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-3)
+    back = part.transposed().project(found).values_BRk
+    expected = act.double().mT @ (grad.double() @ found.double())
+    torch.testing.assert_close(back.double(), expected, rtol=1e-4, atol=2e-2)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_an_estimate_holds_nothing_as_tall_as_the_weight(size, largest):
+    """The largest tensor is activations times probes; probes and projections come in pieces."""
+    length, inputs, outputs, probes = 24, 900, 1000, 32
+    part = OuterProducts(
+        act_BTI=torch.randn(size, length, inputs),
+        grad_BTO=torch.randn(size, length, outputs),
+        kernel=BlockedKernel(),
+    )
+    measure = Measure(
+        choose=lambda *shape: "direct",
+        owned={"w": nn.Parameter(torch.zeros(outputs, inputs))},
+        shards=LocalShards(),
+        sketch=sketch(probes, 4),
+        pays=lambda *shape: True,
+    )
+    measure.begin()
+    with largest:
+        values = measure.sq_norms("w", part).values_Bb
+    assert largest.elements <= size * max(8192, length * probes) < size * probes * inputs
+    drawn_BNk = drawn("w", torch.zeros(outputs, inputs), size, 0, probes).float()
+    sq_Bk = (part.per_sample() @ drawn_BNk).square().sum(1).double()
+    torch.testing.assert_close(values, sq_Bk.unflatten(1, (4, -1)).mean(2), rtol=1e-4, atol=0)
 
 
 def test_terms_that_cancel_are_guarded_for_their_rounding():

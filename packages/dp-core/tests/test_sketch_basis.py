@@ -56,11 +56,12 @@ def records(size=3, length=40):
 
 
 def drawn(purpose, name, shape):
-    values = torch.zeros(shape, dtype=torch.float64)
+    size, columns, count = shape
+    values = torch.zeros((columns, size, count), dtype=torch.float64)
     GaussianNoise(KEY).add_(
         values, stddev=1.0, step=0, name=f"{purpose}/{KEY.hex()}/{name}", offset=0
     )
-    return values
+    return values.transpose(0, 1)
 
 
 def estimate(gradient, start, probes):

@@ -9,22 +9,19 @@ width, R distinct rows, or the rows of a weight, N its columns, k probes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from veilspan.core.norms import compute_dtype, magnitudes, rounding_guard, sq_norm, sq_norms
-from veilspan.core.projection import Projection
+from veilspan.core.projection import ProbeRows, Projection, rows_at_once
 from veilspan.core.protocols import NormKernel
 from veilspan.core.sums import ClippedSum
 
 NormChoice = Callable[[int, int, int], str]
 """Norm method, `direct` or `gram`, of a linear map with (tokens, inputs, outputs)."""
-
-_TOKENS = 1024
-"""Tokens that are converted to a wider type at once."""
 
 
 class SampleGradient(Protocol):
@@ -160,28 +157,45 @@ class OuterProducts:
 
     def project(self, probes_BNk: Tensor) -> Projection:
         """Return Gᵀ(A Z): two thin products."""
-        size, length, inputs = self.act_BTI.shape
-        values = probes_BNk.new_zeros((size, self.grad_BTO.shape[2], probes_BNk.shape[2]))
-        for act, grad in self._blocks(probes_BNk.dtype):
-            values.baddbmm_(grad.mT, torch.bmm(act, probes_BNk))
+        size, _, count = probes_BNk.shape
+        values_BRk = probes_BNk.new_empty((size, self.grad_BTO.shape[2], count))
+        first = 0
+        for rows_Brk in self.project_rows(count, lambda first, last, _: probes_BNk[:, first:last]):
+            values_BRk[:, first : (first := first + rows_Brk.shape[1])] = rows_Brk
         sizes = magnitudes(self.act_BTI, self.grad_BTO)
-        return Projection(values_BRk=values, size_B=sizes, terms=length + inputs)
+        return Projection(values_BRk=values_BRk, size_B=sizes, terms=self.terms)
 
-    def project_back(self, values_BOk: Tensor) -> Tensor:
-        """Return Aᵀ(G V), `[B, I, k]`: the transposed gradient times values."""
-        back = values_BOk.new_zeros((self.size, self.act_BTI.shape[2], values_BOk.shape[2]))
-        for act, grad in self._blocks(values_BOk.dtype):
-            back.baddbmm_(act.mT, torch.bmm(grad, values_BOk))
-        return back
+    @property
+    def terms(self) -> int:
+        """Length of the sums behind each number of a projection."""
+        return self.act_BTI.shape[1] + self.act_BTI.shape[2]
 
-    def _blocks(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield both factors in `dtype`, in blocks of tokens where they have to be converted."""
-        alike = self.act_BTI.dtype == self.grad_BTO.dtype == dtype
-        tokens = self.act_BTI.shape[1]
-        step = max(tokens, 1) if alike else _TOKENS
-        for start in range(0, tokens, step):
-            act = self.act_BTI[:, start : start + step].to(dtype)
-            yield act, self.grad_BTO[:, start : start + step].to(dtype)
+    def project_rows(self, count: int, probes: ProbeRows) -> Iterator[Tensor]:
+        """Yield Gᵀ(A Z) a few rows at a time, `[B, r, k]`, which last until the next are asked for.
+
+        Beside them there is A Z, `[B, T, k]`, and nothing that grows with the weight.
+
+        Args:
+            count: Probes k of each sample.
+            probes: Returns a few elements of each.
+        """
+        size, length, inputs = self.act_BTI.shape
+        dtype = compute_dtype(self.grad_BTO.dtype)
+        step = rows_at_once(count, self.act_BTI.device)
+        thin_BTk = self.act_BTI.new_zeros((size, length, count), dtype=dtype)
+        room = thin_BTk.new_empty(size * step * count)
+        for first in range(0, inputs, step):
+            last = min(first + step, inputs)
+            probes_Bnk = probes(first, last, room[: size * (last - first) * count]).to(dtype)
+            thin_BTk.baddbmm_(self.act_BTI[:, :, first:last].to(dtype), probes_Bnk)
+        for grad_BTr in self.grad_BTO.split(step, dim=2):
+            rows = grad_BTr.shape[2]
+            rows_Brk = room[: size * rows * count].view(size, rows, count)
+            yield torch.bmm(grad_BTr.to(dtype).mT, thin_BTk, out=rows_Brk)
+
+    def transposed(self) -> OuterProducts:
+        """Return the transposes of the gradients."""
+        return replace(self, act_BTI=self.grad_BTO, grad_BTO=self.act_BTI)
 
     def add_to(self, sums: ClippedSum, name: str, factor_B: Tensor) -> None:
         """Add Σ_b factor_b · G_bᵀA_b."""

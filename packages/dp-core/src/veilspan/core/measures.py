@@ -5,6 +5,7 @@ Shape letters: B samples, b block means, N columns of a weight, R its rows, k pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import final
@@ -16,8 +17,8 @@ from veilspan.core.contributions import Contribution, Lookups, NormChoice, Outer
 from veilspan.core.cost import table_pays
 from veilspan.core.errors import PrivacyError
 from veilspan.core.noise import GaussianNoise, new_key
-from veilspan.core.norms import compute_dtype, rounding_guard
-from veilspan.core.projection import Projection
+from veilspan.core.norms import compute_dtype, magnitudes, rounding_guard
+from veilspan.core.projection import ProbeRows, Projection
 from veilspan.core.protocols import NoiseSource, SequenceShards
 from veilspan.core.sketch import Sketch
 
@@ -97,9 +98,12 @@ class Measure:
         """Return the estimates, or exact squared norms where those are cheap."""
         if not (self._projects(name) and part.worth_projecting(self.pays)):
             return Squares(values_Bb=part.sq_norms(self.choose)[:, None])
-        if self.sketch is not None and self.sketch.basis and isinstance(part, OuterProducts):
+        if not isinstance(part, OuterProducts):
+            return self.of_projection(name, self.projection(name, part))
+        assert self.sketch is not None
+        if self.sketch.basis:
             return self._with_basis(name, part)
-        return self.of_projection(name, self.projection(name, part))
+        return self._of_rows(name, part, self._probes("probes", name, part.size).rows)
 
     def worth_keeping(self, part: Contribution) -> bool:
         """Return whether norm and sum from two factors cost less than each sample's gradient."""
@@ -114,7 +118,7 @@ class Measure:
     def projection(self, name: str, part: Contribution) -> Projection:
         """Return gradient times probes, `[B, R, k]`; the gradient itself, `[B, R, N]`, if exact."""
         if self._projects(name):
-            return part.project(self._probes("probes", name, part.size))
+            return part.project(self._probes("probes", name, part.size).all())
         whole, parameter = self.nothing(name, part.size), self.owned[name]
         for b, values_RN in enumerate(whole.values_BRk):
             part.sample(b).write(values_RN.view(parameter.shape))
@@ -137,17 +141,30 @@ class Measure:
 
     def of_projection(self, name: str, projection: Projection) -> Squares:
         """Return the block means of ‖G z‖², or ‖G‖²."""
-        values = projection.values_BRk
-        sq_Bk = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64).square()
+        sq_Bk = _columns(projection.values_BRk)
+        return self._squares(name, sq_Bk, projection.size_B, projection.terms)
+
+    def _projects(self, name: str) -> bool:
+        return self.sketch is not None and self.sketch.projects(self.owned[name])
+
+    def _of_rows(self, name: str, part: OuterProducts, probes: ProbeRows) -> Squares:
+        """Return the block means of ‖G z‖² from a few rows of G z at a time."""
+        assert self.sketch is not None
+        count, device = self.sketch.probes, self.owned[name].device
+        size_B = magnitudes(part.act_BTI, part.grad_BTO)
+        sq_Bk = torch.zeros((part.size, count), dtype=torch.float64, device=device)
+        for rows_Brk in part.project_rows(count, probes):
+            sq_Bk += torch.linalg.vector_norm(rows_Brk, dim=1).double().square()
+        return self._squares(name, sq_Bk, size_B, part.terms)
+
+    def _squares(self, name: str, sq_Bk: Tensor, size_B: Tensor, terms: int) -> Squares:
+        """Return block means of the squares of projected columns, or their sum if exact."""
         if self._projects(name):
             sq_Bb = sq_Bk.unflatten(1, (self.blocks, -1)).mean(2)
         else:
             sq_Bb = sq_Bk.sum(1, keepdim=True)
-        guard = rounding_guard(projection.terms, self.owned[name].dtype)
-        return Squares(values_Bb=sq_Bb, rounding_B=(guard * projection.size_B).square())
-
-    def _projects(self, name: str) -> bool:
-        return self.sketch is not None and self.sketch.projects(self.owned[name])
+        guard = rounding_guard(terms, self.owned[name].dtype)
+        return Squares(values_Bb=sq_Bb, rounding_B=(guard * size_B).square())
 
     def _with_basis(self, name: str, part: OuterProducts) -> Squares:
         """Return ‖G Q‖² plus the block means of ‖G (I - QQᵀ) z‖².
@@ -155,36 +172,77 @@ class Measure:
         Q spans Gᵀ(G S) for probes S of its own. Given Q, that is an exact part and an estimate of
         the rest by independent probes.
         """
-        start = part.project(self._probes("basis", name, part.size)).values_BRk
+        start = part.project(self._probes("basis", name, part.size).all()).values_BRk
         # A record that is not finite has any basis; its norm will not be finite either.
-        span_BNs = part.project_back(start).double().nan_to_num(0.0, 0.0, 0.0)
+        span_BNs = part.transposed().project(start).values_BRk.double().nan_to_num(0.0, 0.0, 0.0)
         basis_BNs = torch.linalg.qr(span_BNs).Q
-        probes_BNk = self._probes("probes", name, part.size)
-        rest = probes_BNk.double() - basis_BNs @ (basis_BNs.mT @ probes_BNk.double())
+        probes_BNk = self._probes("probes", name, part.size).all()
+        rest_BNk = probes_BNk.double() - basis_BNs @ (basis_BNs.mT @ probes_BNk.double())
         head = part.project(basis_BNs.to(probes_BNk.dtype))
-        sq_B = torch.linalg.vector_norm(head.values_BRk, dim=(1, 2), dtype=torch.float64).square()
-        found = self.of_projection(name, part.project(rest.to(probes_BNk.dtype)))
+        found = self._of_rows(name, part, lambda first, last, _: rest_BNk[:, first:last])
         assert found.rounding_B is not None
         return Squares(
-            values_Bb=sq_B[:, None] + found.values_Bb,
+            values_Bb=_columns(head.values_BRk).sum(1, keepdim=True) + found.values_Bb,
             rounding_B=(1 + basis_BNs.shape[2]) * found.rounding_B,  # each direction errs alike
         )
 
-    def _probes(self, purpose: str, name: str, size: int) -> Tensor:
-        """Return what the records of this micro-batch have for one parameter, `[B, N, k]`."""
+    def _probes(self, purpose: str, name: str, size: int) -> _Probes:
+        """Return what the records of this micro-batch have for one parameter."""
         assert self.sketch is not None
         assert self._stream is not None
-        parameter = self.owned[name]
-        count = self.sketch.probes if purpose == "probes" else self.sketch.basis
-        probes_BNk = torch.zeros(
-            (size, parameter.numel() // len(parameter), count),
-            dtype=compute_dtype(parameter.dtype),
-            device=parameter.device,
+        return _Probes(
+            source=self._stream,
+            step=self._micro_batch,
+            # it has a slash, which no parameter's name has
+            name=f"{purpose}/{self._salt}/{name}",
+            size=size,
+            count=self.sketch.probes if purpose == "probes" else self.sketch.basis,
+            parameter=self.owned[name],
         )
-        # the name has a slash, which no parameter's has
-        whole_name = f"{purpose}/{self._salt}/{name}"
-        self._stream.add_(probes_BNk, stddev=1.0, step=self._micro_batch, name=whole_name, offset=0)
-        return probes_BNk
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Probes:
+    """Probes of all records for one parameter, drawn where they are needed, `[N, B, k]` of them.
+
+    Args:
+        source: The stream.
+        step: Micro-batch.
+        name: Under which they are drawn.
+        size: Records B.
+        count: Probes k of each.
+        parameter: Weight with N columns.
+    """
+
+    source: NoiseSource
+    step: int
+    name: str
+    size: int
+    count: int
+    parameter: nn.Parameter
+
+    def rows(self, first: int, last: int, room: Tensor | None = None) -> Tensor:
+        """Return elements `first … last - 1` of each probe, `[B, last - first, k]`, in `room`."""
+        shape = (last - first, self.size, self.count)
+        if room is None:
+            room = torch.empty(
+                math.prod(shape),
+                dtype=compute_dtype(self.parameter.dtype),
+                device=self.parameter.device,
+            )
+        values_nBk = room.zero_().view(shape)
+        offset = first * self.size * self.count
+        self.source.add_(values_nBk, stddev=1.0, step=self.step, name=self.name, offset=offset)
+        return values_nBk.transpose(0, 1)
+
+    def all(self) -> Tensor:
+        """Return whole probes, `[B, N, k]`."""
+        return self.rows(0, self.parameter.numel() // len(self.parameter))
+
+
+def _columns(values_BRk: Tensor) -> Tensor:
+    """Return the sum of squares of each column, `[B, k]` fp64."""
+    return torch.linalg.vector_norm(values_BRk, dim=1, dtype=torch.float64).square()
 
 
 def _common_key(shards: SequenceShards, device: torch.device) -> bytes:

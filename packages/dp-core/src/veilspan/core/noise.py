@@ -7,12 +7,12 @@ draw the same noise, and nothing depends on the order of the calls.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
-from typing import final
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -32,12 +32,16 @@ from veilspan.core.streams import (
 
 __all__ = ["GaussianNoise", "PhiloxNoise", "new_key"]
 
-# Chunks begin at multiples of their size in the whole tensor and are always computed in full, so an
-# element sits in the same place of the same arrays whoever asks for it, and no vector library can
-# round it differently. At this size a chunk's arrays stay in the cache.
+# A chunk of pairs takes its radii from one run of words and its angles from the next. Parts of it
+# that are computed begin and end at multiples of some pairs, so an element sits in the same lane of
+# a vector whoever asks for it, and no library can round it differently.
 _PAIRS = 2**13
 _CHUNK = 2 * _PAIRS
-_CHUNKS_WORTH_THREADS = 8
+_LANES = 2**9  # pairs
+_AT_ONCE = 4  # chunks: longer arrays leave the cache; after shorter ones threads wait in turn
+_WORTH_A_THREAD = 2**5  # chunks
+_ON_THE_WAY = 2**20  # elements that travel to another device at once
+_KEPT = 8  # rooms
 _TABLE_BITS = 14
 
 
@@ -109,18 +113,16 @@ class GaussianNoise:
         if stddev == 0 or tensor.numel() == 0:
             return
         subkey = derive(self._key, f"noise/{self._words.name}", step, name)
-
-        def desk() -> _Desk:
-            return _Desk(self._words.stream(subkey), stddev)
-
-        flat = tensor.reshape(-1)
-        last = offset + flat.numel()
-        chunks = range(offset // _CHUNK, (last - 1) // _CHUNK + 1)
-        for chunk, noise in _in_order(chunks, desk, torch.get_num_threads()):
-            origin = chunk * _CHUNK
-            begin, end = max(offset, origin), min(last, origin + _CHUNK)
-            part = torch.from_numpy(noise[begin - origin : end - origin])
-            flat[begin - offset : end - offset].add_(part.to(flat.device))
+        stream = partial(self._words.stream, subkey)
+        flat = tensor.detach().reshape(-1)
+        if flat.device.type == "cpu":
+            _add(flat.numpy(), offset, stream, stddev)
+        else:
+            for begin in range(0, flat.numel(), _ON_THE_WAY):
+                piece = flat[begin : begin + _ON_THE_WAY]
+                noise = np.zeros(piece.numel())
+                _add(noise, offset + begin, stream, stddev)
+                piece.add_(torch.from_numpy(noise).to(piece.device))
         if not tensor.is_contiguous():
             tensor.copy_(flat.view(tensor.shape))
 
@@ -157,40 +159,52 @@ class PhiloxNoise:
 
 
 class Buffers:
-    """Room for one chunk, written over and over: fresh pages would cost as much as the arithmetic.
+    """Room for a few chunks, written over and over: fresh pages cost as much as the arithmetic.
 
     Args:
-        pairs: Size of the chunk in pairs of elements.
+        chunks: Number of chunks.
+        pairs: Size of each in pairs of elements.
     """
 
-    def __init__(self, pairs: int) -> None:
-        self.blocks = np.empty((pairs + 1, 2), np.int64)  # the last row is scratch space
-        self.words = self.blocks.reshape(-1)[: 2 * pairs].reshape(2, pairs)
-        self.bits = np.empty(pairs, np.int64)
-        self.radius, self.angle, self.square, self.cosine = np.empty((4, pairs))
-        self.points, self.normals = np.empty((2, pairs), np.complex128)
+    def __init__(self, chunks: int, pairs: int) -> None:
+        size = chunks * pairs
+        self._words = np.empty(2 * size + 2, np.int64)  # the last block is scratch space
+        self._bits, self._reals = np.empty(size, np.int64), np.empty((4, size))
+        self._points = np.empty((2, size), np.complex128)
+        self.divide(chunks, pairs)
+
+    def divide(self, chunks: int, pairs: int) -> None:
+        """Set the room out for this many chunks of this size, or the beginning of it."""
+        size = chunks * pairs
+        self.blocks = self._words[: 2 * size + 2].reshape(-1, 2)
+        self.words = self._words[: 2 * size].reshape(chunks, 2, pairs)
+        self.bits = self._bits[:size].reshape(chunks, pairs)
+        reals = self._reals[:, :size].reshape(4, chunks, pairs)
+        self.radius, self.angle, self.square, self.cosine = reals
+        self.points, self.normals = self._points[:, :size].reshape(2, chunks, pairs)
 
 
 def gaussian_pairs(buffers: Buffers, stddev: float) -> NDArray[np.float64]:
     """Turn uniform words into normals of standard deviation `stddev`.
 
     Args:
-        buffers: Holds uniform int64 `words`, `[2, N]`.
+        buffers: Holds uniform int64 `words`, `[C, 2, N]`.
         stddev: Standard deviation, at least 0.
 
     Returns:
-        Independent normals, `[N, 2]`, fp64, a view of the buffers: stddev·√(-2 ln u)·(cos θ, sin θ)
-        with u from the first row of words and θ from the second.
+        Independent normals, `[C, N, 2]`, fp64, a view of the buffers:
+        stddev·√(-2 ln u)·(cos θ, sin θ) with u from the first row of a chunk's words and θ from the
+        second.
     """
     _radii(buffers)
     _turn(buffers, stddev)
-    return buffers.normals.view(np.float64).reshape(-1, 2)
+    return buffers.normals.view(np.float64).reshape(*buffers.normals.shape, 2)
 
 
 def _radii(buffers: Buffers) -> None:
     """Write √(-2 ln u); u in [2⁻⁶⁵, 1] has full relative precision where it is small."""
     radius = buffers.radius
-    radius[:] = buffers.words[0].view(np.uint64)
+    radius[:] = buffers.words[:, 0].view(np.uint64)
     radius *= 2.0**-64
     radius += 2.0**-65  # the middle of the word's interval
     np.log(radius, out=radius)
@@ -205,7 +219,7 @@ def _turn(buffers: Buffers, stddev: float) -> None:
     point within the arc, by at most 2e-4, for which two terms of each series give cos and sin with
     an error below 1e-16.
     """
-    word, angle, square, cosine = buffers.words[1], buffers.angle, buffers.square, buffers.cosine
+    word, angle, square, cosine = buffers.words[:, 1], buffers.angle, buffers.square, buffers.cosine
     np.left_shift(word, _TABLE_BITS, out=buffers.bits)  # the lower bits, as a signed number
     angle[:] = buffers.bits
     angle *= 2.0 * math.pi * 2.0 ** (-64 - _TABLE_BITS)
@@ -227,37 +241,71 @@ def _unit_circle() -> NDArray[np.complex128]:
     return np.exp(2j * math.pi * (np.arange(arcs) + 0.5) / arcs)
 
 
-@final
-class _Desk:
-    """Where one thread draws one chunk at a time."""
+def _add(
+    sums: NDArray[np.floating[Any]], offset: int, stream: Callable[[], WordStream], stddev: float
+) -> None:
+    """Add the noise of elements `offset …` to an array, each thread to a part of its own."""
+    end = offset + len(sums)
+    first, last = offset // _CHUNK, -(-end // _CHUNK)
+    threads = max(1, min(torch.get_num_threads(), (last - first) // _WORTH_A_THREAD))
+    inner = [(first + (last - first) * part // threads) * _CHUNK for part in range(1, threads)]
+    shares = list(itertools.pairwise([offset, *inner, end]))
 
-    def __init__(self, stream: WordStream, stddev: float) -> None:
-        self._stream, self._stddev, self._buffers = stream, stddev, Buffers(_PAIRS)
+    def add(share: tuple[int, int]) -> None:
+        words, room = stream(), _a_room()
+        begin, end = share
+        while begin < end:
+            stop = min(end, (begin // _CHUNK + _AT_ONCE) * _CHUNK)
+            noise = _draw(room, words, stddev, begin, stop)
+            wide = room.points.reshape(-1).view(np.float64)[: len(noise)]  # numpy would make room
+            part = sums[begin - offset : stop - offset]
+            wide[:] = part
+            wide += noise
+            part[:] = wide
+            begin = stop
+        if len(_idle) < _KEPT:
+            _idle.append(room)
 
-    def draw(self, chunk: int) -> NDArray[np.float64]:
-        """Return the noise of a chunk, `[_CHUNK]`, which lasts until the next call."""
-        self._stream.fill(self._buffers.blocks, chunk * _PAIRS)
-        return gaussian_pairs(self._buffers, self._stddev).reshape(-1)
-
-
-def _in_order(
-    chunks: range, desk: Callable[[], _Desk], threads: int
-) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """Yield each chunk with its noise, in order; the noise lasts until the next is asked for."""
-    if threads == 1 or len(chunks) < _CHUNKS_WORTH_THREADS:
-        only = desk()
-        yield from ((chunk, only.draw(chunk)) for chunk in chunks)
+    if threads == 1:
+        add(shares[0])
         return
-    desks = [desk() for _ in range(2 * threads)]
-    ahead: deque[tuple[int, Future[NDArray[np.float64]]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
-        for number, chunk in enumerate(chunks):
-            if len(ahead) == len(desks):  # the oldest noise lies where this one will
-                oldest, future = ahead.popleft()
-                yield oldest, future.result()
-            ahead.append((chunk, pool.submit(desks[number % len(desks)].draw, chunk)))
-        for chunk, future in ahead:
-            yield chunk, future.result()
+        for _ in pool.map(add, shares):
+            pass
+
+
+_idle: list[Buffers] = []  # a thread takes one and returns it
+
+
+def _a_room() -> Buffers:
+    try:
+        return _idle.pop()
+    except IndexError:
+        return Buffers(_AT_ONCE, _PAIRS)
+
+
+def _draw(
+    room: Buffers, words: WordStream, stddev: float, begin: int, end: int
+) -> NDArray[np.float64]:
+    """Return the noise of elements `begin … end - 1` of the whole tensor, in `room`.
+
+    Chunks are drawn in full, except for a single one, where lanes around the elements suffice.
+    """
+    first, last = begin // _CHUNK, (end - 1) // _CHUNK
+    start, stop = 0, _PAIRS
+    if first == last:
+        lanes = range(begin % _CHUNK // (2 * _LANES), (end - 1) % _CHUNK // (2 * _LANES) + 1)
+        start, stop = lanes.start * _LANES, lanes.stop * _LANES
+    room.divide(last - first + 1, stop - start)
+    block = first * _PAIRS + start // 2
+    if stop - start == _PAIRS:
+        words.fill(room.blocks, block)
+    else:
+        half = (stop - start) // 2
+        words.fill(room.blocks[: half + 1], block)
+        words.fill(room.blocks[half:], block + _PAIRS // 2)
+    origin = first * _CHUNK + 2 * start
+    return gaussian_pairs(room, stddev).reshape(-1)[begin - origin : end - origin]
 
 
 def _check(tensor: Tensor, stddev: float) -> None:

@@ -62,7 +62,10 @@ def _row_norms(rows: Tensor) -> Tensor:
 
 def magnitudes(act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
     """Return Σ_t ‖a_t‖‖g_t‖ per sample, `[B]` fp64: what the norm would be without cancellation."""
-    return (_row_norms(act_BTI) * _row_norms(grad_BTO)).sum(1)
+    sizes_B = act_BTI.new_zeros(len(act_BTI), dtype=torch.float64)
+    for act, grad in zip(act_BTI.split(_CHAIN, dim=1), grad_BTO.split(_CHAIN, dim=1), strict=True):
+        sizes_B += torch.linalg.vecdot(_row_norms(act), _row_norms(grad))
+    return sizes_B
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,31 @@ Shape letters: B samples, R rows of a weight, N its columns, k probes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from veilspan.core.protocols import SequenceShards
+
+ProbeRows = Callable[[int, int, Tensor], Tensor]
+"""Elements `first … last - 1` of the probes of each sample, `[B, last - first, k]`.
+
+Takes `first`, `last` and room for as many numbers, in which those that do not exist yet are made.
+"""
+
+_NUMBERS, _NUMBERS_GPU, _ROWS = 1 << 13, 1 << 17, 1 << 10
+
+
+def rows_at_once(count: int, device: torch.device) -> int:
+    """Return how many rows of `count` probes, or of a projection on them, exist at once.
+
+    So few that they are little beside the product of activations and probes, and that an fp32 sum
+    of squares over them keeps its digits; a GPU would rather start fewer products.
+    """
+    numbers = _NUMBERS if device.type == "cpu" else _NUMBERS_GPU
+    return max(1, min(numbers // max(1, count), _ROWS))
 
 
 @dataclass(frozen=True, kw_only=True)
