@@ -72,12 +72,12 @@ def expected(mesh: ParallelMesh, clipping: Clipping, *, tied: bool) -> dict[str,
 
 
 def drawn(name: str, parameter: Tensor, size: int, number: int, replica: int) -> Tensor:
-    shape = (size, parameter.numel() // len(parameter), PROBES)
+    shape = (parameter.numel() // len(parameter), size, PROBES)
     values = torch.zeros(shape, dtype=torch.float64)
     stream(replica).add_(
         values, stddev=1.0, step=number, name=f"probes/{KEY.hex()}/{name}", offset=0
     )
-    return values
+    return values.transpose(0, 1)
 
 
 def add_clipped(

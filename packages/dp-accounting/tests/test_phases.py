@@ -297,6 +297,53 @@ def test_ledgers_that_cannot_be_summed_up_are_refused(
     assert message in captured.err
 
 
+@pytest.fixture
+def ledger_of(tmp_path):
+    """Return a function that writes the ledger of a run on data of a name."""
+
+    def write(name, data):
+        path = tmp_path / name
+        with Ledger.create(path, plan(1.0, 0.01, 50), data=data) as ledger:
+            ledger.append(step=0)
+        return str(path)
+
+    return write
+
+
+def test_ledgers_that_name_the_same_data_are_summed_up_without_a_word(capsys, ledger_of):
+    first, second = ledger_of("a", "clinic notes"), ledger_of("b", "clinic notes")
+    assert main(["ledger", first, second, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["releases"] == 2
+    with Ledger.open(first, read_only=True) as ledger:
+        assert ledger.data == "clinic notes"
+
+
+@pytest.mark.parametrize("options", [[], ["--same-data"]])
+@pytest.mark.parametrize("between", [[], [None]])
+def test_ledgers_of_different_data_are_never_added_up(capsys, ledger_of, options, between):
+    names = ["clinic notes", *between, "court records"]
+    paths = [ledger_of(str(place), name) for place, name in enumerate(names)]
+    assert main(["ledger", *paths, *options]) != 0
+    message = capsys.readouterr().err
+    assert "'clinic notes'" in message
+    assert "'court records'" in message
+    assert "one by one" in message
+
+
+def test_a_ledger_without_a_name_needs_the_users_word(capsys, ledger_of):
+    paths = [ledger_of("a", "clinic notes"), ledger_of("b", None)]
+    assert main(["ledger", *paths]) != 0
+    assert f"{paths[1]} of 2 ledgers" in capsys.readouterr().err
+    assert main(["ledger", *paths, "--same-data"]) == 0
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_of_data_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="data is"):
+        Ledger.create(tmp_path / "ledger", plan(1.0, 0.01, 50), data=name)
+    assert not (tmp_path / "ledger").exists()
+
+
 def test_one_ledger_twice_is_an_error_of_the_ledger(ledgers):
     with Ledger.open(ledgers[0], read_only=True) as ledger, pytest.raises(LedgerError):
         Phases.from_ledgers([ledger, ledger])

@@ -245,7 +245,9 @@ def _create(folder: RunFolder, recipe: Recipe, plan: PrivacyPlan, info: RunInfo)
     _clear_interrupted_start(folder)
     write_whole(folder.recipe, recipe.to_toml())
     budget = recipe.privacy.target_epsilon or plan.epsilon().upper
-    ledger = Ledger.create(folder.ledger, plan, budget_epsilon=budget, run_id=_run_id(info))
+    ledger = Ledger.create(
+        folder.ledger, plan, budget_epsilon=budget, run_id=_run_id(info), data=recipe.data.name
+    )
     write_whole(folder.info, json.dumps(asdict(info), indent=2) + "\n")
     return ledger
 

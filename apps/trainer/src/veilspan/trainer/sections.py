@@ -61,6 +61,12 @@ class Data(Section):
     """What is learned from (`[data]`), and what one protected unit of it is."""
 
     train: Path = Field(description="File or folder with the private training data.")
+    name: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Name of the data set, the same in all runs on it, for the ledger: those of "
+        "one name are summed up, of two names never.",
+    )
     format: Literal["auto", "text", "jsonl", "parquet", "dataset"] = Field(
         default="auto",
         description="text: one file is one row. jsonl, parquet: one line or table row is one row. "

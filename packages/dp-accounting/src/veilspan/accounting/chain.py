@@ -41,9 +41,10 @@ class LedgerEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """First line of a ledger: whose releases it counts."""
+    """First line of a ledger: whose releases it counts, and of which data."""
 
     run_id: str
+    data: str | None
     plan: PrivacyPlan
     budget_epsilon: float | None
     created: str
@@ -55,6 +56,7 @@ class Header:
             {
                 "schema": SCHEMA,
                 "run_id": self.run_id,
+                "data": self.data,
                 "plan": self.plan.to_dict(),
                 "plan_digest": self.plan.digest,
                 "budget_epsilon": self.budget_epsilon,
@@ -124,6 +126,31 @@ def read(raw: bytes, name: str) -> Contents:
     return Contents(header=header, entries=tuple(entries), tail=previous, ends_torn=ends_torn)
 
 
+def require_same(header: Header, plan: PrivacyPlan | None, run_id: str | None, name: str) -> None:
+    """Refuse a ledger of another run or plan than the caller's, where those are given.
+
+    Raises:
+        LedgerError: If run or plan differ; it names what differs.
+    """
+    if run_id is not None and run_id != header.run_id:
+        raise LedgerError(
+            f"{name} belongs to run {header.run_id!r}, not to {run_id!r}. Give every run a folder "
+            "of its own."
+        )
+    if plan is None or plan == header.plan:
+        return
+    theirs, ours = header.plan.to_dict(), plan.to_dict()
+    changed = ", ".join(
+        f"{key} {theirs.get(key)!r} there and {ours.get(key)!r} here"
+        for key in sorted(theirs | ours)
+        if theirs.get(key) != ours.get(key)
+    )
+    raise LedgerError(
+        f"{name} was made for another plan: {changed}. Continue with the plan in the ledger, or "
+        "start a new run with a ledger of its own."
+    )
+
+
 def _read_header(line: bytes, name: str) -> Header:
     fields = _parse(line)
     if fields is None or fields.get("schema") != SCHEMA:
@@ -136,10 +163,11 @@ def _read_header(line: bytes, name: str) -> Header:
         plan = PrivacyPlan.from_dict(fields["plan"])
         header = Header(
             run_id=fields["run_id"],
+            data=fields.get("data"),  # ledgers of version 0.1.0 have neither this nor a nonce
             plan=plan,
             budget_epsilon=fields["budget_epsilon"],
             created=fields["created"],
-            nonce=fields.get("nonce", ""),  # ledgers of version 0.1.0 have none
+            nonce=fields.get("nonce", ""),
         )
     except (KeyError, ValueError) as error:
         raise LedgerError(f"{name} has a damaged header: {error}.") from error

@@ -67,6 +67,7 @@ class Ledger:
         *,
         budget_epsilon: float | None = None,
         run_id: str | None = None,
+        data: str | None = None,
     ) -> Self:
         """Start the ledger of a new run.
 
@@ -75,10 +76,12 @@ class Ledger:
             plan: What every release of the run spends.
             budget_epsilon: The ε at the plan's δ that the run must not exceed; `None` for no limit.
             run_id: Name of the run; a random one unless given.
+            data: Name of the data set, one for all runs on it: ledgers of one name are summed up,
+                of two names never. Choose it; a digest of private data would say something of them.
 
         Raises:
             LedgerError: If the file exists already or cannot be written.
-            ValueError: If the budget is not above 0.
+            ValueError: If the budget is not above 0, or the name of the data is empty.
         """
         if budget_epsilon is not None:
             check_number("budget_epsilon", budget_epsilon)
@@ -87,8 +90,11 @@ class Ledger:
                     f"budget_epsilon is {budget_epsilon}; it must be above 0 and finite, "
                     "or None for no limit."
                 )
+        if data is not None and not data.strip():
+            raise ValueError(f"data is {data!r}; give the data set a name, or None.")
         header = Header(
             run_id=uuid.uuid4().hex if run_id is None else run_id,
+            data=data,
             plan=plan,
             budget_epsilon=None if budget_epsilon is None else float(budget_epsilon),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -124,7 +130,7 @@ class Ledger:
         descriptor = files.reopen(path, read_only=read_only)
         try:
             contents = chain.read(files.read_all(descriptor), str(path))
-            _require_same(contents.header, plan, run_id, path)
+            chain.require_same(contents.header, plan, run_id, str(path))
         except BaseException:
             os.close(descriptor)
             raise
@@ -144,6 +150,11 @@ class Ledger:
     def run_id(self) -> str:
         """Return the name of the run."""
         return self._header.run_id
+
+    @property
+    def data(self) -> str | None:
+        """Return the name of the data set; None if it was given none."""
+        return self._header.data
 
     @property
     def budget_epsilon(self) -> float | None:
@@ -285,26 +296,6 @@ class Ledger:
         raise LedgerError(
             f"{self._path} {what}. The release did not happen; open the ledger again to go on."
         ) from cause
-
-
-def _require_same(header: Header, plan: PrivacyPlan | None, run_id: str | None, path: Path) -> None:
-    if run_id is not None and run_id != header.run_id:
-        raise LedgerError(
-            f"{path} belongs to run {header.run_id!r}, not to {run_id!r}. Give every run a folder "
-            "of its own."
-        )
-    if plan is None or plan == header.plan:
-        return
-    theirs, ours = header.plan.to_dict(), plan.to_dict()
-    changed = ", ".join(
-        f"{name} {theirs.get(name)!r} there and {ours.get(name)!r} here"
-        for name in sorted(theirs | ours)
-        if theirs.get(name) != ours.get(name)
-    )
-    raise LedgerError(
-        f"{path} was made for another plan: {changed}. Continue with the plan in the ledger, or "
-        "start a new run with a ledger of its own."
-    )
 
 
 def _most_releases(plan: PrivacyPlan, budget: float) -> int:

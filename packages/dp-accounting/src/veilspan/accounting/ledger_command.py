@@ -17,7 +17,9 @@ def add_ledger(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=answer_ledger)
     parser.add_argument("file", metavar="FILE", nargs="+")
     parser.add_argument(
-        "--same-data", action="store_true", help="sum up the ledgers: their runs saw the same data"
+        "--same-data",
+        action="store_true",
+        help="sum up ledgers that do not name their data: their runs saw the same",
     )
     parser.add_argument(
         "--delta", type=float, metavar="DELTA", help="δ of the sum, where the plans differ in it"
@@ -26,12 +28,6 @@ def add_ledger(parser: argparse.ArgumentParser) -> None:
 
 def answer_ledger(options: argparse.Namespace) -> Answer:
     """Answer `ledger` for one file, or for the sum of several."""
-    if len(options.file) > 1 and not options.same_data:
-        raise ValueError(
-            f"{len(options.file)} ledgers were given. If their runs saw the same data, add "
-            "--same-data and they are summed up. If no unit is in more than one of the data sets, "
-            "no sum is needed: each ε holds for its own data; ask for the ledgers one by one."
-        )
     if len(options.file) == 1:
         if options.delta is not None:
             raise ValueError("delta is for sums; one ledger answers at its plan's own δ.")
@@ -39,7 +35,16 @@ def answer_ledger(options: argparse.Namespace) -> Answer:
             return _one(ledger)
     with ExitStack() as stack:
         ledgers = [stack.enter_context(Ledger.open(f, read_only=True)) for f in options.file]
-        return _sum(ledgers, options.delta)
+        phases = Phases.from_ledgers(ledgers, delta=options.delta)
+        unnamed = [str(ledger.path) for ledger in ledgers if ledger.data is None]
+        if unnamed and not options.same_data:
+            raise ValueError(
+                f"{', '.join(unnamed)} of {len(ledgers)} ledgers name no data set. If all runs saw "
+                "the same data, add --same-data and they are summed up. If no unit is in more than "
+                "one of the data sets, no sum is needed: each ε holds for its own data; ask for "
+                "the ledgers one by one."
+            )
+        return _sum(ledgers, phases)
 
 
 def _one(ledger: Ledger) -> Answer:
@@ -47,6 +52,7 @@ def _one(ledger: Ledger) -> Answer:
     left = None if most is None else max(most - ledger.releases, 0)
     report = {
         "run_id": ledger.run_id,
+        "data": ledger.data,
         "releases": ledger.releases,
         "torn_lines": sum(entry.torn for entry in ledger.entries),
         "epsilon": spent.upper,
@@ -72,8 +78,7 @@ def _one(ledger: Ledger) -> Answer:
     return report, text
 
 
-def _sum(ledgers: list[Ledger], delta: float | None) -> Answer:
-    phases = Phases.from_ledgers(ledgers, delta=delta)
+def _sum(ledgers: list[Ledger], phases: Phases) -> Answer:
     spent = phases.epsilon()
     runs = [
         {"run_id": ledger.run_id, "releases": ledger.releases, "plan_digest": ledger.plan.digest}

@@ -85,7 +85,7 @@ class Phases:
             delta: The δ of the sum; the plans' own unless given, if they agree.
 
         Raises:
-            LedgerError: If one file is given twice.
+            LedgerError: If one file is given twice, or two name different data sets.
             ValueError: As for `Phases`.
         """
         files: set[Path] = set()
@@ -94,6 +94,14 @@ class Phases:
             if file in files:
                 raise LedgerError(f"{ledger.path} is given twice; name each ledger once.")
             files.add(file)
+        named = [ledger for ledger in ledgers if ledger.data is not None]
+        for ledger in named:
+            if ledger.data != named[0].data:
+                raise LedgerError(
+                    f"{named[0].path} is of the data set {named[0].data!r} and {ledger.path} of "
+                    f"{ledger.data!r}. Ledgers add up on the same data only. If no unit is in both "
+                    "sets, each ε holds for its own data: ask for the ledgers one by one."
+                )
         plans = [replace(ledger.plan, steps=ledger.releases) for ledger in ledgers]
         return cls(plans=plans, delta=delta)
 
