@@ -234,7 +234,8 @@ def test_kernels_use_only_arithmetic_that_ieee_754_defines() -> None:
     ptx = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     used = set(re.findall(r"\b[a-z][a-z0-9]*\.[\w.]*f32[\w.]*", ptx.stdout))
     arithmetic = {name for name in used if not name.startswith(("cvt", "mov", "selp", "setp"))}
-    assert arithmetic == {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "neg.f32", "sqrt.rn.f32"}
+    arithmetic.discard("neg.f32")  # a change of sign is exact, and not every Triton uses one
+    assert arithmetic == {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "sqrt.rn.f32"}
     assert not [name for name in used if "ftz" in name or "approx" in name]
 
 

@@ -7,6 +7,7 @@ After a deliberate change write the record anew:
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -37,13 +38,15 @@ def compile_all(table: str) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("table", TABLES)
 def test_kernels_need_no_more_than_recorded(table: str) -> None:
-    pytest.importorskip("triton")
-    recorded, found = json.loads(RECORD.read_text())[table], compile_all(table)
+    triton, record = pytest.importorskip("triton"), json.loads(RECORD.read_text())
+    recorded, found = record[table], compile_all(table)
+    same_triton = triton.__version__ == record["triton"]
     assert recorded.keys() == found.keys(), "write the record anew, see above"
     for name, row in found.items():
         assert row["spills"] == 0, f"{name} spills {row['spills']} bytes a thread"
         assert row["shared"] <= SHARED_LIMIT[table], f"{name} does not fit"
-        assert row["occupancy"] >= recorded[name]["occupancy"], f"{name} fits fewer threads"
+        if same_triton:  # another one needs other numbers of registers
+            assert row["occupancy"] >= recorded[name]["occupancy"], f"{name} fits fewer threads"
         assert bool(row["tensor_cores"]) == bool(recorded[name]["tensor_cores"]), name
 
 
@@ -58,5 +61,6 @@ def test_occupancy_follows_registers_and_shared_memory(
 
 
 if __name__ == "__main__":
-    record = {table: compile_all(table) for table in TABLES}
+    tables = {table: compile_all(table) for table in TABLES}
+    record = {"triton": importlib.metadata.version("triton"), **tables}
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
