@@ -5,6 +5,9 @@ that a faster but looser answer shows; `times ours` is the library's time over t
 that row. `veilspan` gives an upper bound, as the others do; `veilspan both` is the default engine,
 which gives a lower bound too and refines until they are close. Each question is asked once, after
 another one that loads the library, so that neither imports nor caches count.
+
+`--grid` asks wide settings as well, those of `tests/dp_accounting_golden.json`, and counts where a
+library was faster than `veilspan`, where its bound was larger, and where it was below the truth.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import importlib
 import json
 import os
 import platform
+import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -34,6 +38,7 @@ SETTINGS = [
     (0.01, 1.0, 1_000, 1e-13),
 ]
 MARKS = ("<!-- epsilon: made by bench_epsilon.py --markdown -->", "<!-- epsilon: end -->")
+GRID = Path(__file__).parents[1] / "tests" / "dp_accounting_golden.json"
 WARM_UP = (0.02, 2.0, 100, 1e-5)
 # target ε, δ, q, T
 CALIBRATIONS = [(3.0, 1e-6, 0.01, 1_000), (0.05, 1e-6, 0.01, 1_000)]
@@ -155,6 +160,50 @@ def rows() -> list[dict[str, Any]]:
     return with_ratios(result)
 
 
+def grid_rows() -> list[dict[str, Any]]:
+    """Return one row per library and setting of the grid, with a lower bound on the true ε."""
+    libraries = {"veilspan": ours, "opacus": opacus, "dp-accounting": dp_accounting}
+    result = []
+    for function in libraries.values():
+        timed(function, WARM_UP)
+    for row in json.loads(GRID.read_text())["rows"]:
+        if row["relation"] == "add_remove":
+            named = {name: row[name] for name in ("q", "sigma", "steps", "delta")}
+            result += [
+                {
+                    "library": name,
+                    **named,
+                    "least": row["optimistic"],
+                    **timed(ask, (*named.values(),)),
+                }
+                for name, ask in libraries.items()
+            ]
+    return with_ratios(result)
+
+
+def grid_table(rows: list[dict[str, Any]]) -> str:
+    """Return how often each library of a grid was faster, larger, below the truth, or failed."""
+    own = [row for row in rows if row["library"] == "veilspan"]
+    lines = [
+        f"| on {len(own)} settings | median time | longest | faster than ours | bound larger by a "
+        "thousandth | below the truth | no answer |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for library in dict.fromkeys(row["library"] for row in rows):
+        theirs = [row for row in rows if row["library"] == library]
+        pairs = [(row, mine) for row, mine in zip(theirs, own, strict=True) if "value" in row]
+        seconds = [row["seconds"] for row, _ in pairs]
+        counts = (
+            sum(row["seconds"] < mine["seconds"] for row, mine in pairs),
+            sum(row["value"] > 1.001 * mine["value"] for row, mine in pairs),
+            sum(row["value"] < (1 - 1e-6) * row["least"] for row, _ in pairs),
+            len(theirs) - len(pairs),
+        )
+        times = [f"{1e3 * number:.0f} ms" for number in (statistics.median(seconds), max(seconds))]
+        lines.append(f"| {library} | {' | '.join([*times, *map(str, counts)])} |")
+    return "\n".join(lines)
+
+
 def with_ratios(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add to each row its time over that of ours, which comes first for every question."""
     own = None
@@ -180,6 +229,8 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append(
             f"| {what} at {_setting(row)} | {row['library']} | {value} | {seconds} | {times} |"
         )
+    if "grid" in report:
+        lines += ["", grid_table(report["grid"])]
     return "\n".join(lines)
 
 
@@ -198,9 +249,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the result")
     parser.add_argument("--markdown", type=Path, help="put the table into this page")
+    parser.add_argument("--grid", action="store_true", help="ask the wide settings as well")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     report = {"machine": machine(), "rows": rows()}
+    if options.grid:
+        report["grid"] = grid_rows()
     print(f"{report['machine']['cpu']}, {report['machine']['platform']}")
     for row in report["rows"]:
         setting = ", ".join(
@@ -212,6 +266,8 @@ def main() -> None:
         if "times_ours" in row:
             answer += f" {row['times_ours']:8.1f} times ours"
         print(f"{row['task']:<8} {row['library']:<15} {setting:<50} {answer}")
+    if options.grid:
+        print(grid_table(report["grid"]))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2) + "\n")
