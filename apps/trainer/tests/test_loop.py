@@ -17,7 +17,7 @@ from veilspan.accounting import Ledger, LedgerError
 from veilspan.core import new_key, poisson_batches
 from veilspan.trainer import loop
 from veilspan.trainer.checkpoint import CheckpointError, read_progress
-from veilspan.trainer.errors import TrainerError
+from veilspan.trainer.errors import RecipeError, TrainerError
 from veilspan.trainer.loop import key_path, train
 from veilspan.trainer.metrics import PUBLIC_METRICS, read_metrics
 from veilspan.trainer.optimizer import learning_rate, make_optimizer
@@ -60,6 +60,13 @@ def _key_of_empty_draws(records: int, probability: float, *, steps: int) -> byte
 @pytest.fixture
 def recipe(tmp_path: Path, recipe_in: Callable) -> Recipe:
     return recipe_in(tmp_path, privacy__steps=4)
+
+
+def test_the_ledger_names_the_data(tmp_path: Path, recipe_in: Callable) -> None:
+    with _ledger(train(recipe_in(tmp_path, privacy__steps=2, data__name="notes"))) as ledger:
+        assert ledger.data == "notes"
+    with pytest.raises(RecipeError, match=r"data\.name"):
+        recipe_in(tmp_path, data__name=" ")
 
 
 def test_a_finished_run_is_not_trained_again(recipe: Recipe) -> None:

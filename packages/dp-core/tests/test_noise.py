@@ -143,11 +143,25 @@ def test_single_elements_far_into_a_tensor_are_those_of_the_whole(make):
 
 @pytest.mark.parametrize("make", SOURCES)
 def test_the_number_of_threads_changes_no_bit(make, threads):
-    results = []
+    results, size = [], 3 * MILLION + 1  # so large that each of five has a share
     for count in (1, 2, 3, 5):
         threads(count)
-        results.append(draw(make(KEY), size=300_001, offset=77, dtype=torch.float32))
+        results.append(draw(make(KEY), size=size, offset=77, dtype=torch.float32))
     assert all(torch.equal(results[0], other) for other in results[1:])
+    part = draw(make(KEY), size=MILLION, offset=77 + MILLION, dtype=torch.float32)
+    assert torch.equal(part, results[0][MILLION : 2 * MILLION])
+
+
+def test_as_many_threads_draw_as_have_enough_to_do(threads, monkeypatch):
+    made, original = [], noise_module.ThreadPoolExecutor
+    monkeypatch.setattr(
+        noise_module, "ThreadPoolExecutor", lambda count: (made.append(count), original(count))[1]
+    )
+    threads(5)
+    draw(size=300_001)
+    assert made == []
+    draw(size=3 * MILLION + 1)
+    assert made == [5]
 
 
 def test_two_sources_with_one_key_agree_and_call_order_does_not_matter():

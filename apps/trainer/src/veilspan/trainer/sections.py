@@ -63,7 +63,7 @@ class Data(Section):
     train: Path = Field(description="File or folder with the private training data.")
     name: str | None = Field(
         default=None,
-        min_length=1,
+        pattern=r"\S",
         description="Name of the data set, the same in all runs on it, for the ledger: those of "
         "one name are summed up, of two names never.",
     )
