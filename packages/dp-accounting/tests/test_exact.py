@@ -15,6 +15,7 @@ from veilspan.accounting.engines.closed_form import gaussian_epsilon, gaussian_l
 from veilspan.accounting.engines.compose import Composition
 from veilspan.accounting.engines.discretise import dominated, dominating
 from veilspan.accounting.engines.one_step import OneStep
+from veilspan.accounting.engines.protocol import EngineError
 
 probabilities = st.floats(-4.0, -0.02).map(lambda e: 10.0**e)
 usual_probabilities = st.floats(-2.5, -0.1).map(lambda e: 10.0**e)
@@ -68,11 +69,33 @@ def test_epsilon_of_one_step_inverts_its_delta(q, sigma, scale):
     delta = max(one_step_delta(d, epsilon, q, sigma) for d in ("remove", "add"))
     if delta < 1e-13:  # the closed form itself loses its digits
         return
-    plan = PrivacyPlan(noise_multiplier=sigma, sampling_probability=q, steps=1, delta=delta)
-    bounds = plan.epsilon()
+    one = SampledGaussian(noise_multiplier=sigma, sampling_probability=q, steps=1)
     slack = 1e-14 / delta * epsilon
-    assert bounds.lower - slack <= epsilon <= bounds.upper + slack
-    assert bounds.upper == pytest.approx(epsilon, rel=0.01)
+    for engine, width in ((PldEngine(), 0.01), (CertifiedEngine(), 1e-8 + 1e-14 / delta)):
+        bounds = engine.epsilon(one, delta)
+        assert bounds.lower - slack <= epsilon <= bounds.upper + slack
+        assert bounds.upper == pytest.approx(epsilon, rel=width)
+    bounds = CertifiedEngine().delta(one, epsilon)
+    assert bounds.lower - 1e-14 <= delta <= bounds.upper + 1e-14
+    assert bounds.upper == pytest.approx(delta, rel=1e-7, abs=1e-13)
+
+
+@pytest.mark.parametrize("q", [1e-6, 1e-3, 0.2, 0.999])
+@pytest.mark.parametrize("sigma", [0.05, 0.3, 1.0, 30.0])
+@pytest.mark.parametrize("delta", [1e-12, 1e-5, 0.1])
+def test_closed_form_of_one_release_lies_between_the_bounds_of_the_grid(q, sigma, delta):
+    one = SampledGaussian(noise_multiplier=sigma, sampling_probability=q, steps=1)
+    exact = CertifiedEngine().epsilon(one, delta)
+    try:
+        bounds = PldEngine().epsilon(one, delta)
+    except EngineError:  # losses beyond the range of doubles
+        assert sigma == 0.05
+        return
+    assert bounds.lower * (1 - 1e-9) <= exact.upper
+    assert exact.lower <= bounds.upper * (1 + 1e-9)
+    assert exact.upper <= exact.lower * (1 + 1e-7) + 1e-20
+    back = CertifiedEngine().delta(one, exact.upper)
+    assert back.upper == pytest.approx(min(delta, q * math.erf(1 / sigma / 8**0.5)), rel=1e-6)
 
 
 @pytest.mark.parametrize("direction", ["remove", "add"])
@@ -103,11 +126,11 @@ def test_two_steps_equal_the_integral_over_the_first(direction, q, sigma):
     delta = delta_after_two(epsilon)
     spacing, largest = 0.002 * step.loss_scale(), step.largest_excess(1e-7 * delta)
 
-    def composed(grid):
-        return Composition([(grid, 2)], delta, largest_transform=1 << 20)
+    def composed(grid, bound):
+        return Composition([(grid, 2)], delta, bound, largest_transform=1 << 20).epsilon()
 
-    upper = composed(dominating(step, direction, spacing, largest)).upper_epsilon()
-    lower = composed(dominated(step, direction, spacing, largest)).lower_epsilon()
+    upper = composed(dominating(step, direction, spacing, largest), "upper")
+    lower = composed(dominated(step, direction, spacing, largest), "lower")
     assert lower * (1 - 1e-7) <= epsilon <= upper * (1 + 1e-7)
     assert upper == pytest.approx(epsilon, rel=2e-3)
     assert lower == pytest.approx(epsilon, rel=2e-3)
@@ -128,7 +151,7 @@ def test_additivity_k_and_m_steps_convolve_to_k_plus_m():
     def delta_of(epsilon):
         return float(np.dot(five, -np.expm1(np.minimum(epsilon - loss, 0.0)))) + infinite
 
-    epsilon = Composition([(grid, 5)], delta, largest_transform=1 << 18).upper_epsilon()
+    epsilon = Composition([(grid, 5)], delta, "upper", largest_transform=1 << 18).epsilon()
     assert delta_of(epsilon) <= delta
     assert delta_of(epsilon * (1 - 1e-5)) > delta
 

@@ -119,8 +119,8 @@ def test_pitfall_47_both_directions_are_asked_and_the_worse_one_is_reported(monk
 
     original = question.Question.epsilon
 
-    def ask(self, direction, bound, fineness):
-        value = original(self, direction, bound, fineness)
+    def ask(self, direction, bound, fineness, enough=0.0):
+        value = original(self, direction, bound, fineness, enough)
         seen.append((direction, bound, value))
         return value
 

@@ -97,17 +97,19 @@ def test_two_different_releases_equal_the_integral_over_the_first(direction, fir
 def test_infinite_losses_of_all_phases_are_counted():
     one = GridLoss(0.0, 0.1, np.array([0]), np.array([0.9]), 0.1)
     two = GridLoss(0.0, 0.1, np.array([0]), np.array([0.8]), 0.2)
-    composed = Composition([(one, 2), (two, 1)], 0.5, largest_transform=1 << 10)
     exact = pytest.approx(1 - 0.9**2 * 0.8, rel=1e-9)
-    assert composed.upper_delta(1.0) == exact
-    assert composed.lower_delta(1.0) == exact
+    for bound in ("upper", "lower"):
+        composed = Composition([(one, 2), (two, 1)], 0.5, bound, largest_transform=1 << 10)
+        assert composed.delta(1.0) == exact
 
 
 def test_bounds_that_contradict_each_other_are_refused(monkeypatch):
     original = Question.epsilon
 
-    def too_small(self, direction, bound, fineness):
-        return original(self, direction, bound, fineness) * (0.9 if bound == "upper" else 1.0)
+    def too_small(self, direction, bound, fineness, enough=0.0):
+        return original(self, direction, bound, fineness, enough) * (
+            0.9 if bound == "upper" else 1.0
+        )
 
     monkeypatch.setattr(Question, "epsilon", too_small)
     with pytest.raises(EngineError, match="contradict"):

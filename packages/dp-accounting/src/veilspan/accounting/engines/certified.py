@@ -14,6 +14,9 @@ from veilspan.accounting.engines.closed_form import (
     gaussian_delta,
     gaussian_epsilon,
     live_parts,
+    one_release_delta,
+    one_release_epsilon,
+    one_sampled_release,
 )
 from veilspan.accounting.engines.likely_number import likely_delta, likely_epsilon
 from veilspan.accounting.engines.overflow import charged_delta, charged_epsilon, cut_probability
@@ -49,6 +52,9 @@ class CertifiedEngine:
         exact = closed_form(mechanism, delta)
         if exact is not None:
             return exact
+        one = one_sampled_release(mechanism)
+        if one is not None:
+            return one_release_epsilon(one, delta)
         mu = distance_without_sampling(live_parts(mechanism))
         loosest = gaussian_epsilon(mu, delta) * (1 + 1e-10)
         loosest = min(loosest, likely_epsilon(mechanism, delta))
@@ -76,6 +82,9 @@ class CertifiedEngine:
         exact = closed_form_delta(mechanism, epsilon)
         if exact is not None:
             return exact
+        one = one_sampled_release(mechanism)
+        if one is not None:
+            return one_release_delta(one, epsilon)
         mu = distance_without_sampling(live_parts(mechanism))
         loosest = min(gaussian_delta(epsilon, mu, +1), likely_delta(mechanism, epsilon))
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from scipy.optimize import brentq
@@ -12,13 +13,15 @@ from veilspan.accounting.bounds import DeltaBounds, EpsilonBounds
 from veilspan.accounting.engines.protocol import EngineError
 from veilspan.accounting.mechanism import Mechanism, SampledGaussian
 
-# The closed form is evaluated in doubles and its root found to 4 ulp; this margin covers both.
+# The closed form is evaluated in doubles; these margins cover it.
 _MARGIN = 1e-10
 _DELTA_MARGIN, _CANCELLATION = 1e-9, 1e-13
 SMALLEST_DELTA = 1e-300  # upper bounds on a δ below this are this, as doubles soon end
 _NOTHING = "exact (nothing about a record is released)"
 _NO_NOISE = "exact (released without noise)"
 _GAUSSIAN = "analytic Gaussian"
+_ONE_RELEASE = "analytic Gaussian, amplified by sampling"
+_LARGEST_EXPONENT = 600.0
 
 
 def live_parts(mechanism: Mechanism) -> tuple[SampledGaussian, ...]:
@@ -78,11 +81,11 @@ def closed_form(mechanism: Mechanism, delta: float) -> EpsilonBounds | None:
         return _exact(math.inf, delta, _NO_NOISE)
     if any(part.sampling_probability < 1 for part in parts):
         return None
-    epsilon = gaussian_epsilon(distance_without_sampling(parts), delta)
+    lower, estimate, upper = _gaussian_bounds(distance_without_sampling(parts), delta)
     return EpsilonBounds(
-        lower=epsilon * (1 - _MARGIN),
-        estimate=epsilon,
-        upper=epsilon * (1 + _MARGIN),
+        lower=lower,
+        estimate=estimate,
+        upper=upper,
         delta=delta,
         direction="both",
         method=_GAUSSIAN,
@@ -115,6 +118,70 @@ def closed_form_delta(mechanism: Mechanism, epsilon: float) -> DeltaBounds | Non
     return _delta(
         gaussian_delta(epsilon, mu, -1), gaussian_delta(epsilon, mu, +1), epsilon, _GAUSSIAN
     )
+
+
+def one_sampled_release(mechanism: Mechanism) -> SampledGaussian | None:
+    """Return the only release, if one is all and what it costs has a closed form.
+
+    With q the chance of the record and H_a the hockey-stick divergence at a = e^ε,
+
+        H_a((1 - q) N(0) + q N(1) ‖ N(0)) = q H_b(N(1) ‖ N(0))            b = 1 + (a - 1) / q
+        H_a(N(0) ‖ (1 - q) N(0) + q N(1)) = c H_d(N(0) ‖ N(1))            d = a q / c
+
+    with c = 1 - a (1 - q), or 0 where that is below 0. As c ≤ q and d ≥ b, removing a record never
+    costs less than adding one.
+
+    Source: Balle, Barthe, Gaboardi (2018), https://arxiv.org/abs/1807.01647, Theorem 2.
+    """
+    parts = live_parts(mechanism)
+    if len(parts) != 1 or parts[0].steps != 1 or parts[0].records_per_unit > 1:
+        return None
+    part = parts[0]
+    poisson = part.relation == "add_remove" and part.sampling == "poisson"
+    return part if poisson and part.norms is None and part.noise_multiplier > 0 else None
+
+
+def one_release_epsilon(part: SampledGaussian, delta: float) -> EpsilonBounds:
+    """Return ε of one release of which `one_sampled_release` says that it has a closed form."""
+    q = part.sampling_probability
+    full = _gaussian_bounds(1 / part.noise_multiplier, delta / q) if delta < q else (0.0, 0.0, 0.0)
+    lower, estimate, upper = (
+        math.log1p(q * math.expm1(e)) if e < _LARGEST_EXPONENT else e + math.log(q) for e in full
+    )
+    return EpsilonBounds(
+        lower=lower * (1 - _MARGIN),
+        estimate=estimate,
+        upper=upper * (1 + _MARGIN),
+        delta=delta,
+        direction="remove",
+        method=_ONE_RELEASE,
+    )
+
+
+def one_release_delta(part: SampledGaussian, epsilon: float) -> DeltaBounds:
+    """Return δ of one release of which `one_sampled_release` says that it has a closed form."""
+    q, mu = part.sampling_probability, 1 / part.noise_multiplier
+    large = epsilon >= _LARGEST_EXPONENT
+    full = epsilon - math.log(q) if large else math.log1p(math.expm1(epsilon) / q)
+    lower = q * gaussian_delta(full * (1 + _MARGIN), mu, -1)
+    upper = max(q * gaussian_delta(full * (1 - _MARGIN), mu, +1), SMALLEST_DELTA)
+    return replace(_delta(lower, upper, epsilon, _ONE_RELEASE), direction="remove")
+
+
+def _gaussian_bounds(mu: float, delta: float) -> tuple[float, float, float]:
+    """Return a number below, near, and above the ε of one Gaussian release."""
+    near = gaussian_epsilon(mu, delta)
+    bounds = []
+    for sign in (-1, +1):
+        step = _MARGIN
+        while True:
+            end = max(near * (1 + sign * step) + sign * step**2 * mu, 0.0)
+            enough = gaussian_delta(end, mu, sign)
+            if (enough <= delta) if sign > 0 else (enough >= delta or end == 0):
+                break
+            step *= 2
+        bounds.append(end)
+    return bounds[0], near, bounds[1]
 
 
 def _delta(lower: float, upper: float, epsilon: float, method: str) -> DeltaBounds:

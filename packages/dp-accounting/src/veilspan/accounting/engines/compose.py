@@ -1,71 +1,43 @@
-"""The sum of many independent losses, by one exponentially tilted Fourier transform.
+"""Many independent losses added up: δ(ε) of their sum, and the ε where it meets a δ.
 
-A plain transform has rounding errors of about 1e-16 of the total mass, which drown a δ of 1e-12.
-Here every atom is first multiplied by exp(θ · loss), which moves the bulk of the distribution
-towards the mass that decides δ, so that all errors become small against δ itself. Tilting back
-multiplies by exp(K(θ) - θ · loss), and dividing by δ on the way keeps that factor moderate.
+Losses that are rare and large against the rest would need a wide window, and no tilt suits both
+them and the bulk. Where that hurts, the losses of a step are split at a size that few of all steps
+pass, and the composition is taken apart by the number k of steps that pass it:
+
+    Σ_k binomial(T, k) · bulk^(T-k) · rare^k
+
+Each term has a tilt and a window of its own, and more than a few such steps are charged to δ.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
-from scipy import fft as scipy_fft
-from scipy.linalg import solve_banded
+from scipy.optimize import brentq
 
+from veilspan.accounting.engines.condensed import Bound, CondensedSum
 from veilspan.accounting.engines.discretise import GridLoss
-from veilspan.accounting.engines.one_step import Array
 from veilspan.accounting.engines.protocol import EngineError
+from veilspan.accounting.engines.split import Split, Term, groups_of
+from veilspan.accounting.engines.tilted import Part, TiltedSum, Wanted, chernoff, cut
 
-fft: Any = scipy_fft  # its dispatchers are annotated with what they dispatch on
-
-# Tilted mass that may lie outside the transform's window on either side; charged to δ.
-_OUTSIDE = 1e-12
-# Rounding of the transform and of the repeated squaring, as tilted mass; charged to δ.
-_ROUNDING = 1e-12
-_ROUNDING_PER_STEP = 1e-15
-_LARGEST_CHARGE = 10  # times the error that is wanted; above it another tilt is tried
-_TILTS = 8
-
-_Flaw = Literal["none", "below window", "charged"]
-_LARGEST_EXPONENT = 600.0
-# Logarithm below which a frequency of the sum is far under rounding.
-_NEGLIGIBLE = -60.0
-
-
-class _Part:
-    """The finite losses of one kind of release, and how often it happens."""
-
-    def __init__(self, grid: GridLoss, steps: int) -> None:
-        occupied = grid.mass > 0
-        self.index, self.mass = grid.index[occupied], grid.mass[occupied]
-        self.loss = grid.loss[occupied]
-        self.log_mass = np.log(self.mass)
-        self.steps = steps
-        # log(1 - probability that any of the steps has an infinite loss)
-        self.log_finite = steps * math.log1p(-grid.infinite)
-
-    def log_moments(self, order: Array) -> Array:
-        """Return log E[exp(order · loss)] of one finite loss, for each order."""
-        exponent = order[:, None] * self.loss + self.log_mass
-        peak = exponent.max(axis=1, keepdims=True)
-        return peak[:, 0] + np.log(np.exp(exponent - peak).sum(axis=1))
-
-    def variance(self, order: float) -> float:
-        """Return the variance of one loss after tilting by `order`."""
-        exponent = order * self.loss + self.log_mass
-        weight = np.exp(exponent - exponent.max())
-        weight /= weight.sum()
-        return float(np.dot(weight, (self.loss - np.dot(weight, self.loss)) ** 2))
-
-    def transform(self, theta: float, size: int) -> np.ndarray:
-        """Return the Fourier transform of one tilted loss, wrapped to `size` points."""
-        exponent = theta * self.loss + self.log_mass
-        weight = np.exp(exponent - self.log_moments(np.array([theta])))
-        return fft.rfft(np.bincount(self.index % size, weights=weight, minlength=size))
+_LARGEST_ERROR = 10  # times the error that is wanted; above it another tilt is tried
+_ROUNDS, _GAINED = 5, 1e-3  # of tilts; what another one has to change
+_OF_CHERNOFF = 0.8  # of Chernoff's bound, where nothing is known of ε
+_COARSENED = 1.25  # times the room that a sum may need and be put on a coarser grid, not split
+_STEEP = 0.1  # most change of a tilt's logarithm from one grid point to the next
+# Points of a condensed sum, at least, and from which on it has as many as any other.
+_LEAST_CONDENSED, _ALL_FROM = 1 << 14, 1 << 20
+_SMALL = 1 << 16  # points of a transform that takes no time to speak of
+_HIGHER = 30  # numbers above all windows that are tried
+_RELATIVE = 1e-13  # to which ε is found
+# Shares of the guess, and of the largest loss, at which a lower bound is looked for.
+_NEAR = (1.0, 1.04, 0.99, 0.97, 0.9, 0.8, 0.6, 0.4, 0.2)
+_BELOW = tuple(0.8**power for power in range(1, 60))
 
 
 class Composition:
@@ -75,195 +47,223 @@ class Composition:
         parts: The loss of one release and the number of such releases, at least 1, for each kind;
             all on grids of one spacing.
         delta: The δ at which ε will be asked, or about which δ will be found.
-        largest_transform: Most grid points the transform may have.
+        bound: From above ("upper") or below ("lower"), as the parts bound the releases.
+        largest_transform: Most grid points that a transform may have.
         guess: About where ε lies, rather too small than too large; `None` for no idea. Affects
             precision and cost only.
         wanted_error: Of δ, relative, for the choice of the tilt: less takes a wider window.
 
+    Attributes:
+        step_spacing: Of the grid of the parts.
+
     Raises:
-        WindowTooWideError: If the transform would need more points; carries the spacing that fits.
+        WindowTooWideError: If a transform would need more points; carries the spacing that fits.
     """
 
     def __init__(
         self,
         parts: Sequence[tuple[GridLoss, int]],
         delta: float,
+        bound: Bound,
         *,
         largest_transform: int,
         guess: float | None = None,
         wanted_error: float = 1e-4,
     ) -> None:
-        (self._spacing,) = {grid.spacing for grid, _ in parts}
-        self._parts = [_Part(grid, steps) for grid, steps in parts]
-        self._origin = sum(steps * grid.origin for grid, steps in parts)
-        self._steps = sum(steps for _, steps in parts)
+        assert len({grid.spacing for grid, _ in parts}) == 1
+        self._parts = [_finite(grid, steps) for grid, steps in parts]
+        self.step_spacing = self._parts[0].place[1]
         # The masses of the finite losses are not divided by their sum, so this is just added.
-        self._infinite = -math.expm1(sum(part.log_finite for part in self._parts))
-        self._log_delta = math.log(delta)
-        self._largest_transform = largest_transform
+        log_finite = sum(steps * math.log1p(-grid.infinite) for grid, steps in parts)
+        self._infinite = -math.expm1(log_finite)
+        self._bound: Bound = bound
+        self._delta, self._room = delta, largest_transform
         self._wanted_error = wanted_error
-        self._charge = 2 * _OUTSIDE + _ROUNDING + _ROUNDING_PER_STEP * self._steps
-        # Without a guess the tilt is the strongest that makes sense.
-        self._stronger = 0.25 if guess is None else 2.0
-        self._tilt(self._best_tilt(guess))
+        self._split: Split | None = None
+        self._terms: list[TiltedSum | CondensedSum] = []
+        self._prepare(guess)
 
-    def upper_epsilon(self) -> float:
-        """Return the smallest ε at which δ, errors added, is at most the given one."""
-        best = math.inf
-        for epsilon in self._answers(+1):
-            best = min(best, epsilon)  # every tilt gives a valid bound
+    def epsilon(self) -> float:
+        """Return the smallest ε at which δ is at most the given one, errors on the safe side."""
+        upper = self._bound == "upper"
+        best = math.inf if upper else 0.0
+        for _ in range(_ROUNDS):  # every tilt gives a valid bound
+            found = self._solve_upper() if upper else self._solve_lower()
+            gained = abs(found - best) > _GAINED * found or found == 0
+            best = min(best, found) if upper else max(best, found)
+            if not gained or self._sharp(best) or not self._again(best):
+                break
         return best
 
-    def lower_epsilon(self) -> float:
-        """Return the largest ε at which δ, errors taken off, is still above the given one."""
-        return max(self._answers(-1))
+    def delta(self, epsilon: float) -> float:
+        """Return δ at `epsilon`, errors added to an upper bound and taken off a lower one."""
+        return min(self._total(epsilon) * self._delta, 1.0)
 
-    def _answers(self, sign: int) -> Iterator[float]:
-        """Yield valid bounds under other tilts, until one is sharp."""
-        for _ in range(_TILTS):
-            epsilon, flaw = self._epsilon(sign)
-            yield epsilon
-            if flaw == "none":
-                return
-            try:
-                self._tilt(self._theta * (0.25 if flaw == "below window" else self._stronger))
-            except WindowTooWideError:
-                return
+    def error(self, epsilon: float) -> float:
+        """Return what is charged to δ(ε) for mass that is misplaced, relative to δ."""
+        return sum(term.error(epsilon) for term in self._terms)
 
-    def upper_delta(self, epsilon: float) -> float:
-        """Return δ at `epsilon`, errors added."""
-        return self._delta(epsilon, +1)
+    def widened(self, epsilon: float) -> float:
+        """Return about how much the grids add to an ε, relatively.
 
-    def lower_delta(self, epsilon: float) -> float:
-        """Return δ at `epsilon`, errors taken off."""
-        return self._delta(epsilon, -1)
-
-    def _delta(self, epsilon: float, sign: int) -> float:
-        """Return δ(ε) from above (`sign` +1) or below (-1)."""
-        log_scale = self._log_moment - self._log_delta
-        if log_scale - self._theta * epsilon > _LARGEST_EXPONENT:
-            return 1.0 if sign > 0 else 0.0
-        begin = max(0, math.floor((epsilon - self._origin) / self._spacing) - self._first)
-        loss = self._losses()[begin:]
-        weight = self._tilted[begin:] * np.exp(log_scale - self._theta * loss)
-        gain = -np.expm1(np.minimum(epsilon - loss, 0.0))
-        # As in `_invert`, whatever is missing or misplaced lies above ε.
-        charge = sign * self._charge * math.exp(log_scale - self._theta * epsilon)
-        finite = max(float(np.dot(weight, gain)) + charge, 0.0) * math.exp(self._log_delta)
-        return min(finite + self._infinite, 1.0)
-
-    def _log_moments(self, order: Array) -> Array:
-        """Return log E[exp(order · loss)] of the sum of all finite losses, for each order."""
-        return sum(
-            (part.steps * part.log_moments(order) for part in self._parts), np.zeros(len(order))
-        )
-
-    def _best_tilt(self, guess: float | None) -> float:
-        """Return a tilt; it decides how precise the answer is, never whether it holds.
-
-        Without a guess it is the θ of the best Chernoff bound on ε, (K(θ) - log δ)/θ. With one, it
-        is the smallest θ that keeps errors small against δ at the guess: weak tilts have light
-        tails, and light tails a narrow window.
+        A loss that is moved to grid points h apart adds about h²/8 times its second derivative to
+        δ(ε). Of a lower bound, rare losses that have no neighbours are lowered, by h/2.
         """
-        weakest, strongest = min(1e-2 / self._spread(0.0), 1e-2), 1e3 / self._spread(0.0)
-        orders = np.geomspace(weakest, strongest, int(12 * math.log10(strongest / weakest)) + 2)
-        log_tail = self._log_moments(orders) - self._log_delta
+        near = 1.02 * epsilon
+        change = math.log(max(self._total(epsilon), 1e-20) / max(self._total(near), 1e-20))
+        squares = sum(part.steps for part in self._parts) * self.step_spacing**2
+        squares += max(term.moves * term.spacing**2 for term in self._terms)
+        add = change / (near - epsilon) * squares / 8
+        if self._bound == "lower":
+            add += max(term.alone * term.spacing for term in self._terms) / 2
+        return add / epsilon
+
+    def _sharp(self, epsilon: float) -> bool:
+        return self.error(epsilon) <= _LARGEST_ERROR * self._wanted_error
+
+    def _again(self, epsilon: float) -> bool:
+        """Tilt for an ε that has been found, and return whether that was possible."""
+        if epsilon == 0 and self._bound == "upper":
+            return False
+        # Errors hide a lower bound that is far below the guess.
+        guess = self._guess / 4 if epsilon == 0 else 0.95 * epsilon
+        try:
+            self._prepare(guess)
+        except WindowTooWideError:
+            return False
+        return True
+
+    def _prepare(self, guess: float | None) -> None:
+        """Choose tilts for a guess, of the losses as they are or of a split of them.
+
+        Raises:
+            WindowTooWideError: If neither fits.
+        """
+        log_delta = math.log(self._delta)
         if guess is None:
-            return float(orders[np.argmin(log_tail / orders)])
-        log_error = math.log(self._charge) + log_tail - orders * guess
-        small = np.flatnonzero(log_error <= math.log(self._wanted_error))
-        return float(orders[small[0] if len(small) else np.argmin(log_error)])
+            guess = _OF_CHERNOFF * max(chernoff(self._parts, log_delta), 0.0)
+        wanted = Wanted(log_delta=log_delta, guess=guess, error=self._wanted_error)
+        room, width = self._room, math.inf
+        self._guess = guess
+        whole = None
+        if self._split is None:
+            whole = self._term(Term(self._parts, [], 0.0), wanted)
+            charged = whole.error(guess) > _LARGEST_ERROR * self._wanted_error
+            width = whole.size
+            if width <= room and not charged:
+                self._terms, self._beyond = [whole], 0.0
+                return
+            if width <= _COARSENED * room and not charged:
+                raise self._too_wide(width)
+        split = Split(self._parts, self._delta) if self._split is None else self._split
+        if self._split is None:
+            terms = [self._term(term, wanted) for term in split.terms]
+        else:
+            allowed = self._wanted_error / len(self._terms)
+            terms = [
+                old if old.error(guess) <= allowed else self._term(term, wanted)
+                for old, term in zip(self._terms, split.terms, strict=True)
+            ]
+        widest = max((term.size for term in terms), default=math.inf)
+        if widest <= room:
+            self._terms, self._beyond, self._split = terms, split.beyond, split
+        elif whole is not None and width <= room:
+            self._terms, self._beyond = [whole], 0.0
+        else:
+            raise self._too_wide(min(width, widest))
 
-    def _spread(self, order: float) -> float:
-        """Return the standard deviation of the composed loss after tilting by `order`."""
-        variance = sum(part.steps * part.variance(order) for part in self._parts)
-        return max(math.sqrt(variance), self._spacing)
+    def _too_wide(self, size: float) -> WindowTooWideError:
+        return WindowTooWideError(self.step_spacing * 1.05 * size / self._room)
 
-    def _tilt(self, theta: float) -> None:
-        """Tilt by `theta` and transform."""
-        self._theta = theta
-        self._log_moment = float(self._log_moments(np.array([theta]))[0])
-        low, high = self._window()
-        self._first = math.floor((low - self._origin) / self._spacing) - 1
-        last = math.ceil((high - self._origin) / self._spacing) + 1
-        size = last - self._first + 1
-        if size > self._largest_transform:
-            raise WindowTooWideError(self._spacing * 1.05 * size / self._largest_transform)
-        self._tilted = self._transform(size)
-
-    def _window(self) -> tuple[float, float]:
-        """Return losses below and above which the tilted sum has at most `_OUTSIDE` mass each."""
-        spread = self._spread(self._theta)
-        # Weak shifts serve losses that are rare and large against the spread.
-        shift = np.concatenate(
-            [np.geomspace(0.3, 60.0, 32) / spread, np.geomspace(0.3, max(0.3 / spread, 0.4), 12)]
+    def _term(self, term: Term, wanted: Wanted) -> TiltedSum | CondensedSum:
+        """Return a term on the grid of its parts, or on one that sums of them are moved to."""
+        parts, weak = [*term.bulk, *term.rare], bool(term.rare)
+        exact = TiltedSum.suited(parts, term.log_weight, wanted, weak=weak)
+        room = min(self._room, max(self._room**2 // _ALL_FROM, _LEAST_CONDENSED))
+        if exact.size <= max(room, _SMALL) or not term.bulk:
+            return exact
+        bulk = TiltedSum(term.bulk, 0.0, wanted.log_delta, cut(term.bulk, exact.tilt.theta))
+        groups = [(bulk, 1)]
+        if bulk.size > self._room and bulk.compact:
+            # The width of a sum grows with the root of the number of its terms; errors add up.
+            times = math.ceil((2 * bulk.size / self._room) ** 2)
+            finer = replace(wanted, error=wanted.error / 2 / times)
+            exact = TiltedSum.suited(parts, term.log_weight, finer, weak=weak)
+            theta = exact.tilt.theta
+            groups = [
+                (TiltedSum(some, 0.0, wanted.log_delta, cut(some, theta)), count)
+                for some, count in groups_of(term.bulk, times)
+            ]
+        elif not term.rare:
+            return exact
+        spacing = exact.spacing * 1.05 * exact.size / room
+        if (
+            spacing * exact.tilt.theta > _STEEP
+            or max(group.size for group, _ in groups) > self._room
+        ):
+            return exact
+        return CondensedSum(
+            exact,
+            groups,
+            term.rare,
+            spacing=spacing,
+            bound=self._bound,
         )
-        centre = self._log_moments(np.array([self._theta]))
-        above = self._log_moments(self._theta + shift) - centre
-        below = self._log_moments(self._theta - shift) - centre
-        log_outside = math.log(_OUTSIDE)
-        high = float(np.min((above - log_outside) / shift))
-        low = float(np.max((log_outside - below) / shift))
-        return low, high
 
-    def _transform(self, size: int) -> Array:
-        """Return the tilted mass of the sum at grid points `_first` and above."""
-        size = fft.next_fast_len(max(size, 64), real=True)
-        transforms = [part.transform(self._theta, size) for part in self._parts]
-        # Frequencies that vanish in the product need not be raised to their powers.
-        kept = np.full(len(transforms[0]), True)
-        for part, transform in zip(self._parts, transforms, strict=True):
-            kept &= np.abs(transform) > math.exp(_NEGLIGIBLE / part.steps)
-        product = np.zeros_like(transforms[0])
-        product[kept] = 1.0
-        for part, transform in zip(self._parts, transforms, strict=True):
-            product[kept] *= _power(transform[kept], part.steps)
-        tilted = np.roll(fft.irfft(product, size), -(self._first % size))
-        if not np.isfinite(tilted).all():
-            raise EngineError("the Fourier transform of the loss overflowed")
-        return np.maximum(tilted, 0.0)
+    def _total(self, epsilon: float) -> float:
+        """Return δ(ε) in units of the given δ."""
+        sign = 1 if self._bound == "upper" else -1
+        beyond = self._infinite + (self._beyond if sign > 0 else 0.0)
+        return beyond / self._delta + sum(term.delta(epsilon, sign) for term in self._terms)
 
-    def _losses(self) -> Array:
-        """Return the loss at each point of the window."""
-        return self._origin + self._spacing * (self._first + np.arange(len(self._tilted)))
+    def _exceeds(self, epsilon: float) -> bool:
+        return self._total(epsilon) > 1
 
-    def _epsilon(self, sign: int) -> tuple[float, _Flaw]:
-        """Return ε from above (`sign` +1) or below (-1) and what keeps it from being sharp."""
-        target = 1 - self._infinite * math.exp(-self._log_delta)
-        if target <= 0:
-            return (math.inf if sign > 0 else 0.0), "none"
-        # Below this a weight could overflow.
-        log_scale = self._log_moment - self._log_delta
-        floor = max(0.0, (log_scale - _LARGEST_EXPONENT) / self._theta)
-        loss = self._losses()
-        begin = int(np.searchsorted(loss, floor))
-        if begin == len(loss):
-            return (floor if sign > 0 else 0.0), "none" if floor == 0 else "below window"
-        return self._invert(loss[begin:], self._tilted[begin:], target, sign)
+    def _solve_upper(self) -> float:
+        high = self._largest_loss()
+        if not self._exceeds(0.0):
+            return 0.0
+        for _ in range(_HIGHER):  # above all windows errors are left, and fall
+            if not self._exceeds(high):
+                break
+            high *= 1.5
+        else:
+            return math.inf
+        start = min(self._guess, high)
+        low, high = _bracket(self._exceeds, start, high)
+        epsilon, step = self._root(low, high), _RELATIVE
+        while self._exceeds(epsilon):  # by rounding
+            epsilon, step = min(epsilon * (1 + step), high), 2 * step
+        return epsilon
 
-    def _invert(self, loss: Array, tilted: Array, target: float, sign: int) -> tuple[float, _Flaw]:
-        """Solve Σ w (1 - e^(ε - loss)) = target for ε; weights and target in units of δ."""
-        untilt = np.exp(self._log_moment - self._log_delta - self._theta * loss)
-        weight = tilted * untilt
-        above = np.cumsum(weight[::-1])[::-1]
-        discounted = _discounted_sums(weight, self._spacing)
-        # Mass outside the window, mass that wrapped around into it, and rounding, either way.
-        allowed = target - sign * self._charge * untilt
-        exceeds = np.flatnonzero(above - discounted > allowed)
-        if len(exceeds) == 0:
-            flaw: _Flaw = "none" if loss[0] <= self._spacing else "below window"
-            return (max(float(loss[0]), 0.0) if sign > 0 else 0.0), flaw
-        k = int(exceeds[-1])
-        if k + 1 == len(loss):
-            return (math.inf if sign > 0 else float(loss[-1])), "charged"
-        sharp = self._charge * untilt[k] < _LARGEST_CHARGE * self._wanted_error
-        flaw = "none" if sharp else "charged"
-        # Within (loss[k], loss[k+1]] the charge is at most what it is at loss[k].
-        excess = above[k + 1] - allowed[k]
-        if excess <= 0 or discounted[k + 1] <= 0:
-            return float(loss[k + 1] if sign > 0 else loss[k]), flaw
-        root = float(loss[k + 1]) + math.log(excess) - math.log(discounted[k + 1])
-        return min(max(root, float(loss[k])), float(loss[k + 1])), flaw
+    def _solve_lower(self) -> float:
+        high = self._largest_loss()
+        if self._exceeds(high):
+            return high
+        near = [share * self._guess for share in _NEAR]
+        # Errors may hide δ where ε is small: any ε that is found to be too small will do.
+        for start in [*near, *(share * high for share in _BELOW)]:
+            if start < high and self._exceeds(start):
+                low, high = _bracket(self._exceeds, start, high)
+                epsilon, step = self._root(low, high), _RELATIVE
+                while not self._exceeds(epsilon):  # by rounding
+                    epsilon, step = max(epsilon * (1 - step), low), 2 * step
+                return epsilon
+        return 0.0
+
+    def _root(self, low: float, high: float) -> float:
+        def excess(epsilon: float) -> float:
+            return math.log(min(max(self._total(epsilon), 1e-20), 1e20))
+
+        for end in (low, high):
+            if excess(end) == 0:
+                return end
+        find: Any = brentq  # its annotations want NumPy's numbers
+        root = find(excess, low, high, xtol=1e-300, rtol=_RELATIVE)
+        return float(root)
+
+    def _largest_loss(self) -> float:
+        return max(max(term.last_loss for term in self._terms), self.step_spacing)
 
 
 class WindowTooWideError(EngineError):
@@ -274,21 +274,29 @@ class WindowTooWideError(EngineError):
         self.spacing = spacing
 
 
-def _discounted_sums(weight: Array, spacing: float) -> Array:
-    """Return Σ_{j ≥ k} w_j e^(-(j - k) · spacing) for each k, by backward substitution."""
-    bands = np.vstack([np.full(len(weight), -math.exp(-spacing)), np.ones(len(weight))])
-    sums: Any = solve_banded((0, 1), bands, weight, overwrite_b=False, check_finite=False)
-    return sums
+def _finite(grid: GridLoss, steps: int) -> Part:
+    occupied = grid.mass > 0
+    place = grid.origin, grid.spacing
+    return Part(place, grid.index[occupied], np.log(grid.mass[occupied]), steps)
 
 
-def _power(base: np.ndarray, exponent: int) -> np.ndarray:
-    """Return `base ** exponent` by repeated squaring: faster than complex logarithms."""
-    result = None
+def _bracket(below: Callable[[float], bool], start: float, high: float) -> tuple[float, float]:
+    """Return a short interval whose ends are below and not below what is looked for.
+
+    Args:
+        below: Whether a number is; 0 is, and `high` is not.
+        start: About where it lies.
+        high: Where it surely does not lie any more.
+    """
+    factor, other = 1.08, start
+    if below(start):
+        while True:
+            start, other = other, min(other * factor, high)
+            if other == high or not below(other):
+                return start, other
+            factor **= 2
     while True:
-        if exponent & 1:
-            result = base.copy() if result is None else result * base
-        exponent >>= 1
-        if not exponent:
-            assert result is not None
-            return result
-        base = base * base
+        start, other = other, other / factor
+        if other < 1e-9 * high or below(other):
+            return (other if other >= 1e-9 * high else 0.0), start
+        factor **= 2

@@ -9,14 +9,19 @@ a quarter of the squared cell width, and leave its mean alone up to the same ord
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
+from scipy.optimize import brentq, minimize_scalar
 
 from veilspan.accounting.engines.one_step import Array, OneStep
+
+_WEIGHTLESS = 1e-11  # probability of a first event that may be rounded down
+_PLACED = 1e-4  # of the spacing: how well the grid is placed
+_LITTLE_LOST = 3e-4  # of the spacing: mean loss of a step that a lower bound may give away
 
 
 @dataclass(frozen=True)
@@ -86,25 +91,72 @@ def dominated(
 ) -> GridLoss:
     """Return a loss that the direction's dominates: every ε computed from it is a lower bound.
 
-    The losses up to some `first` become one event, and the grid is aligned with the loss of that
-    event: away from it, the event's whole mass would have to be rounded down. Any `first` is
-    valid; the one that loses least lies where excess and deficit happen to meet at every node. It
-    is searched for as `search` says.
+    The losses up to some `first` become one event. Any `first` is valid, and any grid that begins
+    at the loss of that event or, for removing, less than a spacing below it. The event may be next
+    to nothing and the grid placed such that excess and deficit meet at every node; or the grid
+    begins at the loss of the event, so that its mass need not be rounded down, and `first` is
+    placed. Where the first way does not succeed, the better one is taken.
     """
     search = Search() if search is None else search
     guide = step if search.guide is None else search.guide
+    grid = None
+    if direction == "remove" and search.guide is None:
+        grid, lost = _placed_grid(step, spacing, largest)
+        if lost < _LITTLE_LOST * spacing:
+            return grid
 
     def loss_given_away(first: float) -> float:
-        grid = _dominated_from(first * spacing, guide, direction, spacing, largest)
-        return float(np.dot(grid.mass, np.exp(-grid.loss)))
+        return _total_without(_dominated_from(first * spacing, guide, direction, spacing, largest))
 
-    best = minimize_scalar(
+    best: Any = minimize_scalar(
         loss_given_away,
         bounds=(0.2, 1.3),
         method="bounded",
         options={"xatol": search.tolerance, "maxiter": 16},
     )
-    return _dominated_from(best.x * spacing, step, direction, spacing, largest)
+    other = _dominated_from(best.x * spacing, step, direction, spacing, largest)
+    return grid if grid is not None and _total_without(grid) < _total_without(other) else other
+
+
+def _placed_grid(step: OneStep, spacing: float, largest: float) -> tuple[GridLoss, float]:
+    """Return a dominated loss with a first event of no weight, and the mean loss given away."""
+    first = _first_of_no_weight(step, spacing, largest)
+    loss = step.excess_of_below(first)
+    room = 1 - 1.01 * (first - loss) / spacing  # the first cell must not be empty
+
+    def mismatch(down: float) -> float:
+        """Return what is left over at the largest cell, as if nodes were counted from the first."""
+        cells = step.cells_above(first, loss - down * spacing, spacing, largest)
+        share = _shares(cells.excess, cells.deficit, last_down=False)
+        peak = int(np.argmax(cells.excess + cells.deficit))
+        if peak == 0:
+            return math.nan
+        left = (1 - share[peak - 1]) * cells.deficit[peak - 1] - share[peak] * cells.excess[peak]
+        return float(left) * (-1) ** peak
+
+    ends = mismatch(0.0), mismatch(room)
+    down = 0.0
+    if ends[0] * ends[1] < 0:
+        placed: Any = brentq(mismatch, 0.0, room, xtol=_PLACED, maxiter=20, disp=False)
+        down = float(placed)
+    grid = _dominated_from(first, step, "remove", spacing, largest, down=down * spacing)
+    return grid, _total_without(grid) - 1
+
+
+def _first_of_no_weight(step: OneStep, spacing: float, largest: float) -> float:
+    """Return about the excess up to which the probability of the loss is negligible."""
+
+    def weight(log_excess: float) -> float:
+        return math.log(max(step.below(math.exp(log_excess))[1], 1e-300) / _WEIGHTLESS)
+
+    low, high = math.log(spacing) - 30, math.log(largest)
+    root: Any = low if weight(low) >= 0 else brentq(weight, low, high, xtol=1e-2)
+    return math.exp(root)
+
+
+def _total_without(grid: GridLoss) -> float:
+    """Return the probability without the record that a loss stands for; 1 if none is given away."""
+    return float(np.dot(grid.mass, np.exp(-grid.loss)))
 
 
 def _dominated_from(
@@ -113,9 +165,13 @@ def _dominated_from(
     direction: Literal["remove", "add"],
     spacing: float,
     largest: float,
+    down: float = 0.0,
 ) -> GridLoss:
-    """Return a dominated loss whose first event holds the losses up to the excess `first`."""
-    start = step.excess_of_below(first)
+    """Return a dominated loss whose first event holds the losses up to the excess `first`.
+
+    The grid begins `down` below the loss of that event.
+    """
+    start = step.excess_of_below(first) - down
     cells = step.cells_above(first, start, spacing, largest)
     first_with, first_without = step.below(first)
     if direction == "remove":
@@ -134,7 +190,14 @@ def _dominated_from(
     return GridLoss(-step.bottom - start, spacing, -cells.index[::-1], mass, 0.0)
 
 
-def merge(mass: Array, excess: Array, deficit: Array, *, last_down: bool = False) -> Array:
+def merge(
+    mass: Array,
+    excess: Array,
+    deficit: Array,
+    *,
+    last_down: bool = False,
+    down: Array | None = None,
+) -> Array:
     """Move each cell's mass to its end nodes, never raising the loss of the result.
 
     Args:
@@ -142,6 +205,7 @@ def merge(mass: Array, excess: Array, deficit: Array, *, last_down: bool = False
         excess: How far the cell's mass exceeds what its lower node allows.
         deficit: How far it falls short of what its upper node demands.
         last_down: The last cell has nothing above it to be merged with at its upper node.
+        down: Share of each cell that goes down; the best one if not given.
 
     Returns:
         The mass at each node, one more than cells.
@@ -150,7 +214,7 @@ def merge(mass: Array, excess: Array, deficit: Array, *, last_down: bool = False
         Whatever the shares are, a share goes up to a node only together with a share from above
         that makes the loss of the merged event at least the node's; the rest is rounded down.
     """
-    down = _shares(excess, deficit, last_down=last_down)
+    down = _shares(excess, deficit, last_down=last_down) if down is None else down
     up_mass, up_deficit = (1 - down) * mass, (1 - down) * deficit
     available = np.append((down * excess)[1:], 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):

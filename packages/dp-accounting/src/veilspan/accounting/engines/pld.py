@@ -79,9 +79,9 @@ class PldEngine:
         return bounds
 
     def _bounds(self, question: Question, fineness: float) -> EpsilonBounds:
-        uppers: dict[OneDirection, float] = {
-            d: question.epsilon(d, "upper", fineness) for d in question.directions
-        }
+        uppers: dict[OneDirection, float] = {}
+        for d in question.directions:  # the second counts only where it is worse
+            uppers[d] = question.epsilon(d, "upper", fineness, max(uppers.values(), default=0.0))
         worse = max(uppers, key=lambda d: uppers[d])
         lower, upper = 0.0, uppers[worse]
         if not self.one_sided:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import Literal
 
 from veilspan.accounting.engines.closed_form import SMALLEST_DELTA, gaussian_epsilon
 from veilspan.accounting.engines.compose import Composition, WindowTooWideError
-from veilspan.accounting.engines.discretise import GridLoss, Search, dominated, dominating
-from veilspan.accounting.engines.mirrored import MirroredStep
-from veilspan.accounting.engines.one_step import LARGEST_LOSS, OneStep
+from veilspan.accounting.engines.condensed import Bound
+from veilspan.accounting.engines.grids import (
+    ROUGH_ATOMS,
+    Law,
+    OneDirection,
+    grid_of,
+    is_random,
+    step_of,
+)
+from veilspan.accounting.engines.one_step import LARGEST_LOSS
 from veilspan.accounting.engines.protocol import EngineError
-from veilspan.accounting.engines.records_step import records_step
-from veilspan.accounting.engines.sketched_step import sketched_step
-from veilspan.accounting.engines.symmetric import SymmetricStep
 from veilspan.accounting.mechanism import SampledGaussian
-
-OneDirection = Literal["remove", "add"]
-Bound = Literal["upper", "lower"]
 
 COARSE = 0.03  # grid spacing in standard deviations of one step's loss
 _INFINITE = 1e-6  # share of δ that may be spent on losses beyond the grid
@@ -29,16 +28,31 @@ _SKETCHED_ROUNDING = 1e-13  # where positions are found by iteration
 _RECORDS_ROUNDING = 5e-13  # where a binomial law is computed by recursion, too
 _MARGIN = 1e-9
 _LOST = 1e-10
-_ROUGH_TRANSFORM = 1 << 14
+# Points of a first transform, and how many times as many are tried next, as long as that makes a
+# bound sharper.
+_FIRST_ROOM, _MORE_ROOM = 1 << 17, 4
 _COARSENINGS = 12
-_GUESSES = 2
-_WANTED_ERROR = 1e-4  # of δ, relative, on the coarse grid
+# On the coarse grid: of δ, that may be charged; of ε, that a grid may widen it by.
+_WANTED_ERROR, _WIDENED = 1e-4, 1.5e-4
 _SKEWNESS = 0.02  # below it a sum is normal enough for a guess
 # Losses of random contributions may be rare and huge: far above ε they may count as infinite.
 _FIRST_LARGEST, _FAR_ABOVE = 100.0, 50.0
-# Atoms of the law of a random contribution: at the first fineness, for a first look
-# at ε, and to align the grid of a lower bound.
-_ATOMS, _ROUGH_ATOMS, _GUIDE_ATOMS = 200, 64, 32
+_ATOMS = 200  # of the law of a random contribution, on the coarse grid
+
+
+@dataclass
+class _Known:
+    """What has been found out of one direction.
+
+    Args:
+        guess: About where ε lies, rather too small than too large.
+        room: Points of the last transform.
+        upper: The least upper bound.
+    """
+
+    guess: float | None = None
+    room: int = 0
+    upper: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -49,42 +63,91 @@ class Question:
         parts: The phases, each releasing something: at least one step, noise, and `0 < q`.
         delta: The δ at which ε is asked, or the order of magnitude of the δ that is asked.
         largest_transform: Most points of one Fourier transform.
-        guesses: About where ε lies in each direction, once that is known.
-        rough: Whether few atoms will do for the law of a random contribution.
+        known: What has been found out so far, in each direction.
     """
 
     parts: tuple[SampledGaussian, ...]
     delta: float
     largest_transform: int
-    guesses: dict[OneDirection, float | None] = field(default_factory=dict, compare=False)
-    rough: bool = False
+    known: dict[OneDirection, _Known] = field(default_factory=dict, compare=False)
 
-    def epsilon(self, direction: OneDirection, bound: Bound, fineness: float) -> float:
-        """Return a bound on ε from a grid of `fineness`, or one that just fits the transform."""
-        if direction not in self.guesses:
-            self.guesses[direction] = self._rough(direction)
-        best = math.inf
-        for _ in range(_GUESSES):
-            guess = self.guesses[direction]
-            composed = self._compose(direction, bound, fineness, guess)
-            if bound == "lower":
-                return max(composed.lower_epsilon() * (1 - _MARGIN) - self._rounding, 0.0)
-            best = min(best, composed.upper_epsilon() * (1 + _MARGIN) + self._rounding)
-            if guess is None or best >= 0.9 * guess:
+    def epsilon(
+        self, direction: OneDirection, bound: Bound, fineness: float, enough: float = 0.0
+    ) -> float:
+        """Return a bound on ε from a grid of `fineness`, or from one that leaves little to gain.
+
+        An upper bound need not be sharp once it is at most `enough`.
+        """
+        known = self.known.setdefault(direction, _Known(self._nearly_normal()))
+        if bound == "lower":
+            return self._lower(direction, fineness, known)
+        known.upper = self._upper(direction, fineness, enough, known)
+        return known.upper
+
+    def _upper(
+        self, direction: OneDirection, fineness: float, enough: float, known: _Known
+    ) -> float:
+        """Return an upper bound on ε from transforms of ever more room, until one is sharp."""
+        best = min(self._most(direction), known.upper)
+        rooms = self._rooms(known)
+        for number, room in enumerate(rooms, 1):
+            if best <= enough:
                 break
-            self.guesses[direction] = 0.95 * best  # too large a guess makes the window too wide
+            last = number == len(rooms)
+            rough = self._random and not last
+            try:
+                composed = self._compose(direction, ("upper", fineness), known.guess, room, rough)
+                found = composed.epsilon() * (1 + _MARGIN) + self._rounding
+            except EngineError:
+                if last:
+                    raise
+                continue
+            best, known.room = min(best, found), room
+            if math.isfinite(best):
+                known.guess = 0.95 * best
+            if not rough and _settled(composed, found, fineness):
+                break
         return best
+
+    def _lower(self, direction: OneDirection, fineness: float, known: _Known) -> float:
+        """Return a lower bound on ε from transforms of ever more room, until one is sharp."""
+        best = 0.0
+        for room in self._rooms(known):
+            composed = self._compose(direction, ("lower", fineness), known.guess, room)
+            found = composed.epsilon() * (1 - _MARGIN) - self._rounding
+            best = max(best, found)
+            if _settled(composed, found, fineness):
+                break
+        return best
+
+    def _rooms(self, known: _Known) -> list[int]:
+        """Return grid points of transforms to try, one after the other."""
+        rooms = [min(known.room or _FIRST_ROOM, self.largest_transform)]
+        while rooms[-1] < self.largest_transform:
+            rooms.append(min(_MORE_ROOM * rooms[-1], self.largest_transform))
+        return [*rooms[:1], *rooms[-1:]] if self._random and len(rooms) > 1 else rooms
+
+    def _most(self, direction: OneDirection) -> float:
+        """Return what ε is at most, whatever δ: the loss of adding a record has an end."""
+        if direction == "remove" or any(part.sampling_probability == 1 for part in self.parts):
+            return math.inf
+        absent = sum(
+            part.steps * part.records_per_unit * math.log1p(-part.sampling_probability)
+            for part in self.parts
+        )
+        return -absent * (1 + _MARGIN)
 
     def delta_at(
         self, epsilon: float, direction: OneDirection, bound: Bound, fineness: float
     ) -> float:
         """Return a bound on δ at `epsilon`; it is sharp where it is of the order of `delta`."""
-        composed = self._compose(direction, bound, fineness, epsilon)
+        room = self.largest_transform
+        composed = self._compose(direction, (bound, fineness), epsilon, room)
         if bound == "upper":
             below = epsilon * (1 - _MARGIN) - self._rounding
-            return min(max(composed.upper_delta(below) * (1 + _MARGIN), SMALLEST_DELTA), 1.0)
+            return min(max(composed.delta(below) * (1 + _MARGIN), SMALLEST_DELTA), 1.0)
         above = epsilon * (1 + _MARGIN) + self._rounding
-        return composed.lower_delta(above) * (1 - _MARGIN)
+        return composed.delta(above) * (1 - _MARGIN)
 
     @property
     def directions(self) -> tuple[OneDirection, ...]:
@@ -103,49 +166,49 @@ class Question:
 
     @property
     def _random(self) -> bool:
-        return any(_is_random(part) for part in self.parts)
-
-    def _rough(self, direction: OneDirection) -> float | None:
-        """Return slightly less than ε, or nothing, from two transforms that cost very little."""
-        normal = self._nearly_normal()
-        if normal is not None:
-            return 0.95 * gaussian_epsilon(normal, self.delta)
-        transform = min(_ROUGH_TRANSFORM, self.largest_transform)
-        rough = replace(self, largest_transform=transform, rough=True)
-        guess = None
-        for _ in range(2):  # the second window is narrower, so its grid is finer
-            try:
-                epsilon = rough._compose(direction, "upper", COARSE, guess).upper_epsilon()
-            except EngineError:
-                break
-            if math.isfinite(epsilon):
-                guess = 0.95 * epsilon if guess is None else min(guess, 0.95 * epsilon)
-        return guess
+        return any(is_random(part) for part in self.parts)
 
     def _nearly_normal(self) -> float | None:
-        """Return the standard deviation of the composed loss where it is normal but for a trifle.
+        """Return slightly less than ε where the composed loss is normal but for a trifle.
 
         The loss of one step is about q (e^g - 1), with a growth g that is normal of variance 1/σ².
         """
         square = cube = 0.0
         for part in self.parts:
-            if _is_random(part) or part.relation == "replace" or part.noise_multiplier < 1:
+            if is_random(part) or part.relation == "replace" or part.noise_multiplier < 1:
                 return None
             spread = math.expm1(part.noise_multiplier**-2)
             one = part.sampling_probability * math.sqrt(spread)
             square += part.steps * one**2
             cube += part.steps * one**3 * (spread + 3) * math.sqrt(spread)
-        return math.sqrt(square) if cube < _SKEWNESS * square**1.5 else None
+        if cube >= _SKEWNESS * square**1.5:
+            return None
+        return 0.95 * gaussian_epsilon(math.sqrt(square), self.delta)
 
     def _compose(
-        self, direction: OneDirection, bound: Bound, fineness: float, guess: float | None
+        self,
+        direction: OneDirection,
+        kind: tuple[Bound, float],
+        guess: float | None,
+        room: int,
+        rough: bool = False,
     ) -> Composition:
+        """Return the composed loss on a grid of the fineness, or one that just fits the room.
+
+        Args:
+            direction: Which.
+            kind: Bound and fineness.
+            guess: About where ε lies.
+            room: Most points of a transform.
+            rough: Whether few atoms will do for the law of a random contribution.
+        """
+        bound, fineness = kind
         # Rounding the step count up lets neighbouring questions share the one-step loss.
         tail = _INFINITE * self.delta / (1 << self._steps.bit_length())
-        spacing = fineness * self._loss_scale()
-        law = _Law(
-            atoms=_ROUGH_ATOMS if self.rough else math.ceil(_ATOMS * COARSE / fineness),
-            largest=self._largest_loss(guess),
+        spacing = self._spacing(fineness, guess)
+        law = Law(
+            atoms=ROUGH_ATOMS if rough else math.ceil(_ATOMS * COARSE / fineness),
+            largest=_largest_loss(guess, rough),
             tolerance=1e-3 if fineness < COARSE else 0.05,
         )
         # Far more than atoms for the law of a contribution may lose; see `norm_law`.
@@ -154,7 +217,7 @@ class Question:
         for _ in range(_COARSENINGS):
             grids = [
                 (
-                    _grid(replace(part, steps=1), (direction, bound), (spacing, tail), law),
+                    grid_of(replace(part, steps=1), (direction, bound), (spacing, tail), law),
                     part.steps,
                 )
                 for part in self.parts
@@ -163,85 +226,45 @@ class Question:
                 return Composition(
                     grids,
                     delta,
-                    largest_transform=self.largest_transform,
+                    bound,
+                    largest_transform=room,
                     guess=guess,
-                    wanted_error=_WANTED_ERROR * (fineness / COARSE) ** 2,
+                    wanted_error=_relative(fineness) * _WANTED_ERROR,
                 )
             except WindowTooWideError as error:
                 spacing = error.spacing
-        raise EngineError(f"no grid of {self.largest_transform} points holds {self.parts}")
+        raise EngineError(f"no grid of {room} points holds {self.parts}")
 
-    def _largest_loss(self, guess: float | None) -> float:
-        """Return a loss so far above ε that larger ones may count as infinite."""
-        if guess is None:
-            return _FIRST_LARGEST if self.rough else LARGEST_LOSS
-        return min(2 * guess + _FAR_ABOVE, LARGEST_LOSS)
-
-    def _loss_scale(self) -> float:
-        """Return the standard deviation of one step's loss, on average over the phases."""
+    def _spacing(self, fineness: float, guess: float | None) -> float:
+        """Return that of a grid that widens ε by little: about λ T h²/8 for a slope λ of log δ."""
         tail = _INFINITE * self.delta
-        total = sum(part.steps * _step(part, tail).loss_scale() ** 2 for part in self.parts)
-        return math.sqrt(total / self._steps)
+        total = sum(part.steps * step_of(part, tail).loss_scale() ** 2 for part in self.parts)
+        spacing = fineness * math.sqrt(total / self._steps)
+        if guess is None or guess <= 0:
+            return spacing
+        # Of a normal sum of variance S² the mean is S²/2, and -2 log δ its slope times the rest.
+        beyond_mean = max(guess - total / 2, 0.02 * guess)
+        slope = -2 * math.log(min(self.delta, 0.1)) / beyond_mean
+        widened = _relative(fineness) * _WIDENED * guess
+        return max(spacing, math.sqrt(8 * widened / (slope * self._steps)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Law:
-    """How finely a grid is made, apart from its spacing.
-
-    Args:
-        atoms: Of the law of a random contribution.
-        largest: Losses above it count as infinite there.
-        tolerance: Of the search for the best lower bound.
-    """
-
-    atoms: int
-    largest: float
-    tolerance: float
+def _settled(composed: Composition, epsilon: float, fineness: float) -> bool:
+    """Return whether a finer grid than that of `composed` would hardly change ε."""
+    if not 0 < epsilon < math.inf:
+        return epsilon == 0
+    relative = _relative(fineness)
+    sharp = composed.error(epsilon) <= 10 * relative * _WANTED_ERROR
+    return sharp and composed.widened(epsilon) <= relative * _WIDENED
 
 
-def _is_random(part: SampledGaussian) -> bool:
-    """Return whether the size of a contribution is random, given that there is one."""
-    return part.norms is not None or (part.records_per_unit > 1 and part.sampling_probability < 1)
+def _relative(fineness: float) -> float:
+    """Return what share of the errors on the coarse grid a finer one may have."""
+    return (fineness / COARSE) ** 2
 
 
-def _random_step(one: SampledGaussian, bound: Bound, atoms: int, tail: float) -> OneStep:
-    build = records_step if one.norms is None else sketched_step
-    return build(one, bound, atoms, tail)
-
-
-def _step(part: SampledGaussian, tail: float) -> OneStep | SymmetricStep | MirroredStep:
-    q, sigma = part.sampling_probability, part.noise_multiplier
-    if q == 1:
-        return SymmetricStep(1.0, sigma * 2 / part.distance)
-    if part.sampling == "without_replacement":
-        return MirroredStep(q, sigma)
-    if part.relation == "replace":
-        return SymmetricStep(q, sigma)
-    if part.records_per_unit > 1:
-        return records_step(replace(part, steps=1), "upper", _ROUGH_ATOMS, tail)
-    return OneStep(part)
-
-
-@lru_cache(maxsize=64)  # the number of steps does not divide the cache: `one` has one step
-def _grid(
-    one: SampledGaussian,
-    kind: tuple[OneDirection, Bound],
-    size: tuple[float, float],
-    law: _Law,
-) -> GridLoss:
-    (direction, bound), (spacing, tail) = kind, size
-    if _is_random(one):
-        step = _random_step(one, bound, law.atoms, tail)
-        largest = min(step.largest_excess(tail), law.largest - step.bottom)
-        if bound == "upper":
-            return dominating(step, direction, spacing, largest)
-        guide = _random_step(one, bound, _GUIDE_ATOMS, tail)
-        return dominated(step, direction, spacing, largest, Search(guide, law.tolerance))
-    step = _step(one, tail)
-    if isinstance(step, SymmetricStep | MirroredStep):
-        build = step.dominating if bound == "upper" else step.dominated
-        return build(spacing, tail)
-    largest = step.largest_excess(tail)
-    if bound == "upper":
-        return dominating(step, direction, spacing, largest)
-    return dominated(step, direction, spacing, largest, Search(tolerance=law.tolerance))
+def _largest_loss(guess: float | None, rough: bool) -> float:
+    """Return a loss so far above ε that larger ones may count as infinite."""
+    if guess is None:
+        return _FIRST_LARGEST if rough else LARGEST_LOSS
+    return min(2 * guess + _FAR_ABOVE, LARGEST_LOSS)
