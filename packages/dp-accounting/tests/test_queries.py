@@ -125,6 +125,14 @@ def test_delta_of_much_noise_survives_cancellation(sigma):
     assert bounds.lower <= exact <= bounds.upper
 
 
+@pytest.mark.parametrize("epsilon", [5e-324, 1e-300, 1e-50])
+def test_delta_at_hardly_any_epsilon_is_that_at_none(epsilon):
+    plan = PrivacyPlan(**SETTINGS)
+    here, none = plan.delta_at(epsilon), plan.delta_at(0.0)
+    assert here.upper == pytest.approx(none.upper, rel=1e-6)
+    assert here.lower == pytest.approx(none.lower, rel=1e-6)
+
+
 def test_delta_without_noise_or_release_is_exact():
     bare = PrivacyPlan(**{**SETTINGS, "noise_multiplier": 0.0}).delta_at(5.0)
     assert bare.upper == 1.0

@@ -32,6 +32,7 @@ _LOST = 1e-10
 # bound sharper.
 _FIRST_ROOM, _MORE_ROOM = 1 << 17, 4
 _COARSENINGS = 12
+_NO_EPSILON = 1e-100  # as good as none
 # On the coarse grid: of δ, that may be charged; of ε, that a grid may widen it by.
 _WANTED_ERROR, _WIDENED = 1e-4, 1.5e-4
 _SKEWNESS = 0.02  # below it a sum is normal enough for a guess
@@ -240,7 +241,7 @@ class Question:
         tail = _INFINITE * self.delta
         total = sum(part.steps * step_of(part, tail).loss_scale() ** 2 for part in self.parts)
         spacing = fineness * math.sqrt(total / self._steps)
-        if guess is None or guess <= 0:
+        if guess is None or guess < _NO_EPSILON:
             return spacing
         # Of a normal sum of variance S² the mean is S²/2, and -2 log δ its slope times the rest.
         beyond_mean = max(guess - total / 2, 0.02 * guess)
@@ -251,8 +252,8 @@ class Question:
 
 def _settled(composed: Composition, epsilon: float, fineness: float) -> bool:
     """Return whether a finer grid than that of `composed` would hardly change ε."""
-    if not 0 < epsilon < math.inf:
-        return epsilon == 0
+    if not _NO_EPSILON < epsilon < math.inf:
+        return epsilon <= _NO_EPSILON
     relative = _relative(fineness)
     sharp = composed.error(epsilon) <= 10 * relative * _WANTED_ERROR
     return sharp and composed.widened(epsilon) <= relative * _WIDENED
