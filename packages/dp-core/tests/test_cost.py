@@ -101,6 +101,13 @@ def test_short_records_share_a_micro_batch_and_long_ones_do_not_need_to():
     assert best_microbatch(8, 1, shape(), RATES, SECONDS) == 1
 
 
+def test_more_records_share_weights_that_every_product_copies():
+    copying = dataclasses.replace(RATES, weight_passes=9.0)
+    once, copied = (best_microbatch(512, 64, shape(), rates, SECONDS) for rates in (RATES, copying))
+    assert once < copied
+    assert DeviceRates.of(torch.device("cpu")).weight_passes == 9.0
+
+
 def test_frozen_weights_take_time_that_no_micro_batch_saves():
     adapters = dataclasses.replace(shape(), linears=((512, 8), (8, 512)), parameters=8192)
     frozen = dataclasses.replace(adapters, frozen=10**8)

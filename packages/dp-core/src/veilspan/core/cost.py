@@ -303,7 +303,7 @@ def best_microbatch(
         ]
         if not fits:
             return float("inf")
-        shared = 3.0 * _FP32 * (model.parameters + model.frozen) / rates.bandwidth
+        shared = rates.weight_passes * _FP32 * (model.parameters + model.frozen) / rates.bandwidth
         shared += _LAYER_CALLS * len(model.linears) * rates.call_seconds
         return ordinary + (fits[0].seconds + shared) / size
 

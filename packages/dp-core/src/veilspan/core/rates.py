@@ -28,12 +28,15 @@ class DeviceRates:
         bandwidth: Memory traffic of elementwise work on large tensors, bytes per second.
         call_seconds: Time of one operation on almost nothing, seconds.
         free_bytes: Memory that a strategy may use beyond an ordinary backward pass, bytes.
+        weight_passes: How often the products of a step read or write each weight, however few
+            records there are: once each, and twice more where they copy it into another order.
     """
 
     flops: float
     bandwidth: float
     call_seconds: float = 1e-5
     free_bytes: int = 1 << 62
+    weight_passes: float = 3.0
 
     @classmethod
     def of(cls, device: torch.device, *, cache: Path | None = CACHE) -> DeviceRates:
@@ -52,7 +55,9 @@ class DeviceRates:
             measured = asdict(_measure(device))
             known[key] = {name: measured[name] for name in _MEASURED}
             _write(cache, known)
-        return cls(**known[key], free_bytes=int(0.5 * free_bytes(device)))
+        passes = 9.0 if device.type == "cpu" else 3.0
+        free = int(0.5 * free_bytes(device))
+        return cls(**known[key], free_bytes=free, weight_passes=passes)
 
 
 def _key(device: torch.device) -> str:
