@@ -24,6 +24,7 @@ from veilspan.core import (
     poisson_batches,
 )
 from veilspan.trainer import PrivateBatch, PrivateTraining, make_private
+from veilspan.trainer.errors import TrainerError
 
 RECORDS = 60
 ARGUMENTS: dict[str, Any] = {
@@ -259,6 +260,23 @@ def test_a_ledger_is_continued_where_it_ended(setting: Setting) -> None:
     assert not any("forward" in vars(module) for module in setting.model.modules())
 
 
+def test_a_ledger_is_not_continued_on_other_data(setting: Setting) -> None:
+    private = setting.make(data="notes of 2025")
+    assert private.ledger.data == "notes of 2025"
+    private.close()
+    for again in ({}, {"data": "notes of 2025"}):
+        setting.make(**again).close()
+    with pytest.raises(TrainerError, match=r"data is 'letters'.*'notes of 2025'.*another ledger"):
+        setting.make(data="letters")
+    setting.make().close()  # the refusal let go of it
+
+
+def test_a_ledger_without_a_name_is_given_none_later(setting: Setting) -> None:
+    setting.make().close()
+    with pytest.raises(TrainerError, match="data without a name"):
+        setting.make(data="letters")
+
+
 def test_a_refused_model_leaves_no_ledger(setting: Setting) -> None:
     setting.model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
     setting.optimizer = torch.optim.SGD(setting.model.parameters(), lr=0.1)
@@ -311,6 +329,7 @@ def test_clipping_and_noise_reach_step_plan_and_statement(setting: Setting) -> N
         ({"sequence_length": 0}, "sequence_length"),
         ({"clipping": 1.0}, r"clipping is 1\.0; pass Flat"),
         ({"key": b"short"}, "key"),
+        ({"data": " "}, "data is ' '"),
     ],
 )
 def test_a_wrong_argument_is_named(setting: Setting, changes: dict, message: str) -> None:

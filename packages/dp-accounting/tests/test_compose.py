@@ -141,6 +141,17 @@ def test_two_kinds_of_releases_are_split_together(monkeypatch, bound):
     assert holds(bound, law, composed.epsilon(), delta)
 
 
+@bounds
+def test_a_guess_of_nothing_is_no_obstacle(bound):
+    grid = one_step(bound, 0.05, 1.0, 0.1)
+    law = convolved([(grid, 3)])
+    delta = 0.3 * hockey_stick(law, 0.0)
+    composed = Composition([(grid, 3)], delta, bound, largest_transform=1 << 14, guess=0.0)
+    found = composed.epsilon()
+    assert holds(bound, law, found, delta)
+    assert found == pytest.approx(exact_epsilon(law, delta), rel=1e-3)
+
+
 def test_steps_with_more_rare_losses_than_terms_are_charged():
     grid = one_step("upper", 1e-3, 0.45, 0.05)
     part = compose._finite(grid, 50)

@@ -55,6 +55,7 @@ def make_private(  # noqa: PLR0913 - each is one number of the plan or one part 
     sampling_probability: float | None = None,
     clipping: Clipping | None = None,
     unit: str = "record",
+    data: str | None = None,
     microbatch_size: int | Literal["auto"] = "auto",
     sequence_length: int | None = None,
     collate: Callable[[list[Any]], Any] = default_collate,
@@ -80,6 +81,8 @@ def make_private(  # noqa: PLR0913 - each is one number of the plan or one part 
         sampling_probability: In its place, the chance of each record to be in a batch.
         clipping: Who shares a threshold, and the rule; by default `Flat(clip_norm=1.0)`.
         unit: What one record is, in the singular, for statements.
+        data: Name of the data set, for its ledgers: those of one name add up, of two never. Not a
+            digest, which would say something of the data.
         microbatch_size: Records per forward and backward; "auto" asks the cost model.
         sequence_length: Tokens or pixels of the largest record, for "auto"; a model with an
             embedding or a convolution takes one record at a time without it.
@@ -154,7 +157,7 @@ def make_private(  # noqa: PLR0913 - each is one number of the plan or one part 
     )
     try:
         microbatch = _microbatch(step, size, sequence_length)
-        account = _open(Path(ledger), plan, target_epsilon)
+        account = _open(Path(ledger), plan, target_epsilon, data)
     except BaseException:
         step.detach()
         raise
@@ -239,11 +242,20 @@ def _checked(section: type[_Section], values: Mapping[str, object]) -> _Section:
         raise TrainerError(explain(error, section, "the arguments of make_private")) from None
 
 
-def _open(path: Path, plan: PrivacyPlan, budget_epsilon: float) -> Ledger:
-    if path.exists():
-        return Ledger.open(path, plan=plan)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return Ledger.create(path, plan, budget_epsilon=budget_epsilon)
+def _open(path: Path, plan: PrivacyPlan, budget_epsilon: float, data: str | None) -> Ledger:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return Ledger.create(path, plan, budget_epsilon=budget_epsilon, data=data)
+    ledger = Ledger.open(path, plan=plan)
+    if data is not None and ledger.data != data:
+        named, ledger_name = f"data is {data!r}", ledger.data
+        ledger.close()
+        raise TrainerError(
+            f"{named}, and the ledger {path} counts releases of "
+            f"{'data without a name' if ledger_name is None else repr(ledger_name)}. Continue it "
+            "with the name that it has, or begin another ledger."
+        )
+    return ledger
 
 
 def _microbatch(step: PrivateStep, size: int | str, length: int | None) -> Microbatch:

@@ -6,7 +6,8 @@ pass, and the composition is taken apart by the number k of steps that pass it:
 
     Σ_k binomial(T, k) · bulk^(T-k) · rare^k
 
-Each term has a tilt and a window of its own, and more than a few such steps are charged to δ.
+Each term has a tilt and a window of its own, and more than a few such steps are charged to δ. What
+is still too wide for the spacing of one step is added up in groups (`condensed`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _STEEP = 0.1  # most change of a tilt's logarithm from one grid point to the nex
 _LEAST_CONDENSED, _ALL_FROM = 1 << 14, 1 << 20
 _SMALL = 1 << 16  # points of a transform that takes no time to speak of
 _HIGHER = 30  # numbers above all windows that are tried
+_NEXT_TO_NOTHING = 1e-9  # of the largest loss
 _RELATIVE = 1e-13  # to which ε is found
 # Shares of the guess, and of the largest loss, at which a lower bound is looked for.
 _NEAR = (1.0, 1.04, 0.99, 0.97, 0.9, 0.8, 0.6, 0.4, 0.2)
@@ -197,18 +199,10 @@ class Composition:
         elif not term.rare:
             return exact
         spacing = exact.spacing * 1.05 * exact.size / room
-        if (
-            spacing * exact.tilt.theta > _STEEP
-            or max(group.size for group, _ in groups) > self._room
-        ):
+        largest = max(group.size for group, _ in groups)
+        if spacing * exact.tilt.theta > _STEEP or largest > self._room:
             return exact
-        return CondensedSum(
-            exact,
-            groups,
-            term.rare,
-            spacing=spacing,
-            bound=self._bound,
-        )
+        return CondensedSum(exact, groups, term.rare, spacing=spacing, bound=self._bound)
 
     def _total(self, epsilon: float) -> float:
         """Return δ(ε) in units of the given δ."""
@@ -288,7 +282,8 @@ def _bracket(below: Callable[[float], bool], start: float, high: float) -> tuple
         start: About where it lies.
         high: Where it surely does not lie any more.
     """
-    factor, other = 1.08, start
+    factor, start = 1.08, max(start, _NEXT_TO_NOTHING * high)
+    other = start
     if below(start):
         while True:
             start, other = other, min(other * factor, high)
@@ -297,6 +292,8 @@ def _bracket(below: Callable[[float], bool], start: float, high: float) -> tuple
             factor **= 2
     while True:
         start, other = other, other / factor
-        if other < 1e-9 * high or below(other):
-            return (other if other >= 1e-9 * high else 0.0), start
+        if other < _NEXT_TO_NOTHING * high:
+            return 0.0, start
+        if below(other):
+            return other, start
         factor **= 2

@@ -81,13 +81,12 @@ def _log_choices(steps: int, count: int) -> float:
 
 def groups_of(parts: Sequence[Part], times: int) -> list[tuple[list[Part], int]]:
     """Return the same releases as some that occur so many times, and the rest."""
-    shares = [[part.some(slice(None), part.steps // times) for part in parts], []]
-    shares[0] = [part for part in shares[0] if part.steps]
-    shares[1] = [part.some(slice(None), part.steps % times) for part in parts if part.steps % times]
-    return [(share, count) for share, count in zip(shares, (times, 1), strict=True) if share]
+    many = [part.some(slice(None), part.steps // times) for part in parts if part.steps >= times]
+    rest = [part.some(slice(None), part.steps % times) for part in parts if part.steps % times]
+    return [(share, count) for share, count in ((many, times), (rest, 1)) if share]
 
 
 def _rare_from(part: Part, chance: float) -> int:
-    """Return the first atom above the lowest from which on losses have at most this chance."""
+    """Return the first atom, not the lowest, from which on losses have at most this chance."""
     above = np.cumsum(np.exp(part.log_mass)[::-1])[::-1]
     return max(int(np.count_nonzero(above > chance)), 1)
