@@ -61,6 +61,21 @@ def test_discretised_step_dominates_or_is_dominated_at_every_epsilon(direction, 
         assert exact <= hockey_stick(above, epsilon) + 1e-12
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    q=st.floats(-6.0, -0.02).map(lambda e: 10.0**e),
+    sigma=noises,
+    fineness=st.sampled_from([1e-3, 5e-3, 0.03, 0.3]),
+)
+@pytest.mark.parametrize("direction", ["remove", "add"])
+def test_a_dominated_step_is_a_law_that_gives_nothing_away_upwards(direction, q, sigma, fineness):
+    step = OneStep(SampledGaussian(noise_multiplier=sigma, sampling_probability=q, steps=1))
+    grid = dominated(step, direction, fineness * step.loss_scale(), step.largest_excess(1e-15))
+    assert grid.mass.min() >= 0
+    assert grid.mass.sum() == pytest.approx(1.0, abs=2e-14)
+    assert float(np.dot(grid.mass, np.exp(-grid.loss))) >= 1 - 2e-13
+
+
 @settings(max_examples=25, deadline=None)
 @given(q=probabilities, sigma=noises, scale=st.floats(0.5, 6.0))
 def test_epsilon_of_one_step_inverts_its_delta(q, sigma, scale):
@@ -211,6 +226,17 @@ def test_nearly_full_sampling_meets_the_analytic_gaussian_down_to_tiny_delta(del
     analytic = gaussian_epsilon(math.sqrt(50) / 4.0, delta)
     assert bounds.lower <= analytic <= bounds.upper * (1 + 1e-6)
     assert bounds.upper <= analytic * 1.001
+
+
+@pytest.mark.parametrize("delta", [1e-305, 1e-300, 1e-30, 1e-6, 0.4])
+@pytest.mark.parametrize("sigma", [1e-6, 0.01, 1.0, 1e3, 1e8])
+@pytest.mark.parametrize("q", [0.3, 1.0])
+def test_closed_forms_end_with_an_interval_that_holds_their_estimate(q, sigma, delta):
+    one = SampledGaussian(noise_multiplier=sigma, sampling_probability=q, steps=1)
+    bounds = CertifiedEngine().epsilon(one, delta)
+    assert 0 <= bounds.lower <= bounds.estimate <= bounds.upper < math.inf
+    if sigma <= 1e3 and delta >= 1e-300:
+        assert bounds.upper <= bounds.lower * (1 + 1e-6) + 1e-15
 
 
 def test_gaussian_reference_values_hold():

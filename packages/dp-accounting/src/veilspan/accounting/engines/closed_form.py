@@ -170,18 +170,16 @@ def one_release_delta(part: SampledGaussian, epsilon: float) -> DeltaBounds:
 
 def _gaussian_bounds(mu: float, delta: float) -> tuple[float, float, float]:
     """Return a number below, near, and above the ε of one Gaussian release."""
-    near = gaussian_epsilon(mu, delta)
-    bounds = []
-    for sign in (-1, +1):
-        step = _MARGIN
-        while True:
-            end = max(near * (1 + sign * step) + sign * step**2 * mu, 0.0)
-            enough = gaussian_delta(end, mu, sign)
-            if (enough <= delta) if sign > 0 else (enough >= delta or end == 0):
-                break
-            step *= 2
-        bounds.append(end)
-    return bounds[0], near, bounds[1]
+    near, target = gaussian_epsilon(mu, delta), math.log(delta)
+    lower, upper, step = near * (1 - _MARGIN), near * (1 + _MARGIN), _MARGIN
+    while lower > 0 and _log_delta_bound(lower, mu, -1) < target:
+        step *= 2
+        lower = max(near * (1 - step), 0.0)
+    step = _MARGIN
+    while math.isfinite(upper) and not _log_delta_bound(upper, mu, +1) <= target:
+        step *= 2
+        upper = near * (1 + step) + step**2 * mu
+    return lower, near, upper
 
 
 def _delta(lower: float, upper: float, epsilon: float, method: str) -> DeltaBounds:
@@ -221,12 +219,20 @@ def gaussian_delta(epsilon: float, mu: float, sign: int) -> float:
     """Return δ(ε) of one Gaussian release from above (`sign` +1) or below (-1)."""
     if math.isinf(mu):
         return 1.0
-    moved = epsilon * (1 - sign * _MARGIN)
-    # δ is the difference of two terms that nearly cancel where mu is small.
-    first = math.exp(float(log_ndtr(mu / 2 - moved / mu)))
-    slack = _DELTA_MARGIN * math.exp(gaussian_log_delta(moved, mu)) + _CANCELLATION * first
-    value = math.exp(gaussian_log_delta(moved, mu)) + sign * slack
+    value = math.exp(_log_delta_bound(epsilon, mu, sign))
     return min(max(value, SMALLEST_DELTA if sign > 0 else 0.0), 1.0)
+
+
+def _log_delta_bound(epsilon: float, mu: float, sign: int) -> float:
+    """Return log δ(ε) of one Gaussian release from above or below, however small it is."""
+    moved = epsilon * (1 - sign * _MARGIN)
+    value = gaussian_log_delta(moved, mu)
+    # δ is the difference of two terms that nearly cancel where mu is small.
+    log_cancelled = math.log(_CANCELLATION) + float(log_ndtr(mu / 2 - moved / mu))
+    if value == -math.inf:
+        return log_cancelled if sign > 0 else -math.inf
+    slack = _DELTA_MARGIN + math.exp(min(log_cancelled - value, 1.0))
+    return value + (math.log1p(sign * slack) if sign * slack > -1 else -math.inf)
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:

@@ -101,8 +101,8 @@ def dominated(
     guide = step if search.guide is None else search.guide
     grid = None
     if direction == "remove" and search.guide is None:
-        grid, lost = _placed_grid(step, spacing, largest)
-        if lost < _LITTLE_LOST * spacing:
+        grid = _placed_grid(step, spacing, largest)
+        if grid is not None and _total_without(grid) - 1 < _LITTLE_LOST * spacing:
             return grid
 
     def loss_given_away(first: float) -> float:
@@ -118,11 +118,13 @@ def dominated(
     return grid if grid is not None and _total_without(grid) < _total_without(other) else other
 
 
-def _placed_grid(step: OneStep, spacing: float, largest: float) -> tuple[GridLoss, float]:
-    """Return a dominated loss with a first event of no weight, and the mean loss given away."""
+def _placed_grid(step: OneStep, spacing: float, largest: float) -> GridLoss | None:
+    """Return a dominated loss with a first event of no weight, if the grid is coarse against it."""
     first = _first_of_no_weight(step, spacing, largest)
     loss = step.excess_of_below(first)
-    room = 1 - 1.01 * (first - loss) / spacing  # the first cell must not be empty
+    room = 1 - 1.01 * (first - loss) / spacing
+    if room <= 0:  # the first cell would end before it begins
+        return None
 
     def mismatch(down: float) -> float:
         """Return what is left over at the largest cell, as if nodes were counted from the first."""
@@ -139,8 +141,7 @@ def _placed_grid(step: OneStep, spacing: float, largest: float) -> tuple[GridLos
     if ends[0] * ends[1] < 0:
         placed: Any = brentq(mismatch, 0.0, room, xtol=_PLACED, maxiter=20, disp=False)
         down = float(placed)
-    grid = _dominated_from(first, step, "remove", spacing, largest, down=down * spacing)
-    return grid, _total_without(grid) - 1
+    return _dominated_from(first, step, "remove", spacing, largest, down=down * spacing)
 
 
 def _first_of_no_weight(step: OneStep, spacing: float, largest: float) -> float:
