@@ -80,6 +80,21 @@ def open_data(path: Path, **data: Any) -> object:
             {"data": {"unit": "user", "user_column": "who", "format": "text"}},
             ["needs rows with a user column"],
         ),
+        (
+            {"data": {"sequences_per_unit": 2}},
+            ["sequences_per_unit is 2", 'unit is "record"', '"document" or "user"'],
+        ),
+        (
+            {"data": {"unit": "document", "sequences_per_unit": 0}},
+            ["data.sequences_per_unit: is 0", "greater than or equal to 1"],
+        ),
+        (
+            {
+                "data": {"unit": "document", "sequences_per_unit": 2},
+                "privacy": {"norm_probes": 64},
+            },
+            ["data.sequences_per_unit is 2, but privacy.norm_probes is set", "need 1"],
+        ),
         ({"data": {"tokenizer": "auto"}}, ['set data.tokenizer to "bytes"']),
         ({"optimizer": {"warmup_steps": 11}}, ["optimizer.warmup_steps is 11", "privacy.steps"]),
         ({"optimizer": {"betas": [0.9, 1.0]}}, ["optimizer.betas", "below 1"]),
@@ -293,6 +308,24 @@ def test_a_batch_larger_than_the_data_is_refused():
     settings = recipe(privacy={"sampling_probability": None, "expected_batch_size": 101})
     with pytest.raises(RecipeError, match=r"expected_batch_size is 101.*only 100 units"):
         privacy_plan(settings, 100)
+
+
+def test_a_batch_larger_than_all_sequences_is_refused():
+    settings = recipe(
+        data={"unit": "document", "sequences_per_unit": 3},
+        privacy={"sampling_probability": None, "expected_batch_size": 301},
+    )
+    with pytest.raises(RecipeError, match=r"expected_batch_size is 301.*only 300 records of units"):
+        privacy_plan(settings, 100)
+
+
+def test_a_delta_protects_units_not_their_sequences():
+    settings = recipe(data={"unit": "document", "sequences_per_unit": 3}, privacy={"delta": 0.009})
+    plan = privacy_plan(settings, 100)
+    assert plan.delta == 0.009  # below 1/100, though above 1/300
+    assert plan.records_per_unit == 3
+    with pytest.raises(RecipeError, match=r"below 1/N = 0\.00893 for N = 112"):
+        privacy_plan(settings, 112)
 
 
 def test_a_single_unit_has_nobody_to_hide_among():

@@ -89,6 +89,28 @@ def test_plan_prints_tables_that_name_every_number(recipe: Path):
         assert text in result.stdout
 
 
+def test_a_plan_counts_the_sequences_of_a_document_together(recipe: Path):
+    several = ("--set=data.unit=document", "--set=data.sequences_per_unit=4")
+    one, told = (
+        json.loads(invoke("plan", recipe, "--json", *arguments).stdout)
+        for arguments in (several[:1], several)
+    )
+    assert told["num_records"] == one["num_records"] == 50
+    assert told["privacy"]["sampling_probability"] == pytest.approx(5 / 200)
+    expected = PrivacyPlan.calibrate(
+        target_epsilon=8.0,
+        delta=1e-3,
+        sampling_probability=5 / 200,
+        steps=10,
+        records_per_unit=4,
+    )
+    assert told["privacy"]["noise_multiplier"] == expected.noise_multiplier
+    assert told["privacy"]["expected_batch_size"] == pytest.approx(5.0)
+    tables = invoke("plan", recipe, *several).stdout
+    assert "4 sequences of each" in tables
+    assert "5 sequences" in tables
+
+
 def test_an_expected_batch_is_a_constant_of_recipe_and_number_of_units(recipe: Path):
     told = json.loads(
         invoke(

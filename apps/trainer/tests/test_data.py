@@ -193,6 +193,36 @@ def test_only_the_first_units_are_used_when_asked(tmp_path: Path):
     assert [text(users, unit) for unit in range(len(users))] == ["delta\nepsilon|"]
 
 
+@pytest.mark.parametrize(("unit", "who"), [("document", None), ("user", "who")])
+def test_sequences_of_a_unit_are_its_first_tokens_cut_and_no_token_is_in_two(
+    tmp_path: Path, unit: str, who: str | None
+):
+    path = write_rows(tmp_path, "jsonl")
+    settings = {"unit": unit, "sequence_length": 4}
+    settings |= {} if who is None else {"user_column": who}
+    whole = open_with(path, **{**settings, "sequence_length": 12})
+    cut = open_with(path, **settings, sequences_per_unit=3)
+    assert (cut.num_units, len(cut)) == (len(whole), 3 * len(whole))
+    for number in range(len(whole)):
+        parts = [cut[3 * number + place] for place in range(3)]
+        assert list(np.concatenate(parts)) == list(whole[number])
+        lengths = [len(part) for part in parts]
+        assert max(lengths) <= 4
+        assert lengths == sorted(lengths, reverse=True)  # only the end is missing
+    assert any(len(cut[3 * number + 2]) == 0 for number in range(len(whole)))
+    assert any(len(cut[3 * number + 2]) > 0 for number in range(len(whole)))
+
+
+def test_a_batch_of_nothing_but_empty_sequences_has_no_label(tmp_path: Path):
+    records = open_with(
+        write_texts(tmp_path, {"a.txt": "ab", "b.txt": "cd"}),
+        unit="document",
+        sequences_per_unit=2,
+    )
+    batch = collate(records, [1, 3], pad_token_id=PAD)
+    assert (batch.labels == IGNORE_INDEX).all()
+
+
 def test_units_outside_of_the_data_do_not_exist(tmp_path: Path):
     records = open_with(write_rows(tmp_path, "jsonl"))
     for unit in (-1, 5):

@@ -297,6 +297,23 @@ def test_every_way_to_compute_trains(tmp_path: Path, recipe_in: Callable, settin
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
+def test_sequences_of_a_document_are_counted_together(tmp_path: Path, recipe_in: Callable) -> None:
+    cut = recipe_in(tmp_path, data__unit="document", data__sequences_per_unit=3)
+    folder = train(cut)
+    with _ledger(folder) as ledger:
+        assert ledger.plan.records_per_unit == 3
+        assert ledger.plan.sampling_probability == pytest.approx(
+            cut.privacy.expected_batch_size / (3 * 24)
+        )
+        assert ledger.spent().upper <= cut.privacy.target_epsilon
+    statement = (folder / "privacy_statement.md").read_text()
+    assert "Each document holds at most 3 records" in statement
+    assert "cut each document into 3 sequences" in statement
+    report = re.sub(r"\s+", " ", (folder / "report.html").read_text())
+    assert "as 3 sequences, each drawn and clipped by itself" in report
+    assert "each sequence joins each step independently" in report
+
+
 def test_one_process_needs_no_parallel_package_and_several_say_what_to_install(
     tmp_path: Path, recipe_in: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

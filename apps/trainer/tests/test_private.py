@@ -310,6 +310,19 @@ def test_clipping_and_noise_reach_step_plan_and_statement(setting: Setting) -> N
     setting.train(private)
 
 
+def test_a_unit_of_several_records_gets_more_noise(setting: Setting, tmp_path: Path) -> None:
+    one = setting.make(unit="person")
+    one.close()
+    setting.path = tmp_path / "several.jsonl"
+    several = setting.make(unit="person", records_per_unit=3)
+    assert several.plan.records_per_unit == 3
+    assert several.plan.sampling_probability == one.plan.sampling_probability
+    assert several.plan.noise_multiplier > 1.5 * one.plan.noise_multiplier
+    assert "Each person holds at most 3 records" in several.plan.statement()
+    setting.train(several)
+    assert several.epsilon().upper <= 8.0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -330,6 +343,7 @@ def test_clipping_and_noise_reach_step_plan_and_statement(setting: Setting) -> N
         ({"clipping": 1.0}, r"clipping is 1\.0; pass Flat"),
         ({"key": b"short"}, "key"),
         ({"data": " "}, "data is ' '"),
+        ({"records_per_unit": 0}, "records_per_unit is 0"),
     ],
 )
 def test_a_wrong_argument_is_named(setting: Setting, changes: dict, message: str) -> None:

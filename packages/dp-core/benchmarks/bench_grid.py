@@ -79,7 +79,7 @@ def measure(cell: Cell, options: argparse.Namespace, shorter: Experience) -> dic
     plain = times.settled("plain").values()
     micro_batch = min(plain, default=0.0) * cell.size / cell.shape.records
     wanted = options.device == "cpu" and not options.no_memory
-    if wanted and micro_batch <= SCALES[cell.scale].patience / 15:
+    if wanted and micro_batch <= SCALES[cell.scale].probing:
         for name, (method, size) in running.items():
             if name not in times.failures:
                 peak = peak_mib(cell.shape, method, size, options.threads)

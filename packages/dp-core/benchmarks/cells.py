@@ -15,7 +15,7 @@ OURS = ("single_sample", "per_sample", "bookkeeping", "two_pass", "per_layer")
 RIVALS = ("opacus_hooks", "opacus_ghost", "opacus_fgc", "fastdp_mixopt")
 SLOW = 1.6
 """A method that many times slower than plain training runs in two rounds; far slower, in one."""
-HOPELESS = 8.0
+HOPELESS = 12.0
 """A method that many times slower at the next shorter T, with the same model and B, is left out."""
 
 _SMALL = {"hidden": 128, "intermediate": 344, "layers": 2, "heads": 4, "vocabulary": 2048}
@@ -43,8 +43,8 @@ class Scale:
         pairs: (length T, records B of a micro-batch) of each cell, the short ones first.
         tokens: Of one logical batch, at least.
         seconds: No further round of a cell starts after this many.
-        patience: A method is left out where a round of it is forecast to take more seconds; memory
-            is left out where a micro-batch of plain training takes a fifteenth of it.
+        patience: A method is left out where a round of it is forecast to take more seconds.
+        probing: Memory is left out where a micro-batch of plain training takes more seconds.
         methods: Which are compared.
     """
 
@@ -52,7 +52,8 @@ class Scale:
     pairs: tuple[tuple[int, int], ...]
     tokens: int
     seconds: float = 25.0
-    patience: float = 60.0
+    patience: float = 600.0
+    probing: float = 4.0
     methods: tuple[str, ...] = ("plain", "auto", "auto_free", *OURS, *RIVALS)
 
 
@@ -72,7 +73,7 @@ SCALES = {
         pairs=((128, 8), (1024, 4), (4096, 1), (8192, 1)),
         tokens=16384,
         seconds=420.0,
-        patience=600.0,
+        probing=40.0,
     ),
     "device": Scale(
         models={"llama-3.2-1b": LLAMA_1B, "llama-3.1-8b": LLAMA_8B},
@@ -80,6 +81,7 @@ SCALES = {
         tokens=65536,
         seconds=120.0,
         patience=300.0,
+        probing=20.0,
     ),
 }
 
@@ -213,10 +215,10 @@ def _why_skipped(cell: Cell, name: str, shorter: Experience) -> str | None:
 
 
 def _room(device: str) -> float:
-    """Return the bytes that a method may use beyond plain training: 0.4 of the memory."""
+    """Return the bytes that a method may use beyond plain training: 0.6 of the memory."""
     if device == "cpu":
-        return 0.4 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 0.4 * torch.cuda.get_device_properties(0).total_memory
+        return 0.6 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 0.6 * torch.cuda.get_device_properties(0).total_memory
 
 
 def _extra_bytes(cell: Cell, name: str) -> float:

@@ -53,6 +53,7 @@ class Sheet:
         return DeviceRates(
             flops=self.products * self.flops,
             bandwidth=self.traffic * self.bandwidth,
+            reading=self.traffic * self.bandwidth,
             call_seconds=4e-6,
             free_bytes=int(self.memory),
         )

@@ -240,5 +240,5 @@ def write(result: Mapping[str, Any], path: Path | None) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps(result, indent=1) + "\n")
+        draft.write_text(json.dumps(result, indent=2) + "\n")
         draft.replace(path)

@@ -16,11 +16,12 @@ from veilspan.core.cost import (
     cheaper_norm,
     choose,
     forecast_all,
+    keeping_pays,
     norm_cost,
 )
 from veilspan.core.rates import DeviceRates
 
-RATES = DeviceRates(flops=1e11, bandwidth=1e10)
+RATES = DeviceRates(flops=1e11, bandwidth=1e10, reading=1e10)
 LINEARS = tuple([(512, 512)] * 16 + [(512, 1376)] * 8 + [(1376, 512)] * 4 + [(512, 8192)])
 
 
@@ -77,6 +78,15 @@ def test_what_is_kept_of_a_layer_is_the_smaller_of_gradient_and_factors():
     assert sparse.seconds < dense.seconds
 
 
+def test_where_norms_read_slowly_short_sequences_keep_the_factors_of_wide_layers():
+    measured = DeviceRates(flops=8e10, bandwidth=3e10, reading=1.5e10, store_passes=2.0)
+    assert keeping_pays((128, 512, 1376), measured)
+    assert not keeping_pays((128, 512, 512), measured)
+    assert not keeping_pays((1024, 512, 1376), measured)
+    even = dataclasses.replace(measured, reading=3e10, store_passes=1.0)
+    assert not keeping_pays((128, 512, 1376), even)
+
+
 def test_what_does_not_fit_into_memory_is_not_chosen():
     tight = chosen(4, 4096, memory=1e6)
     assert tight.name == "two_pass"
@@ -120,8 +130,10 @@ def test_rates_are_measured_once_and_read_from_then_on(tmp_path):
     first = DeviceRates.of(torch.device("cpu"), cache=cache)
     again = DeviceRates.of(torch.device("cpu"), cache=cache)
     assert (first.flops, first.bandwidth) == (again.flops, again.bandwidth)
+    assert first.reading == again.reading
     assert 1e8 < first.flops < 1e15
     assert 1e8 < first.bandwidth < 1e13
+    assert 1e8 < first.reading < 1e13
     assert 1e-8 < first.call_seconds < 1e-2
 
 

@@ -81,7 +81,7 @@ def assemble(recipe: Recipe, processes: Processes) -> Parts:
     """
     tokenizer = load_tokenizer(recipe)
     records = open_records(recipe, tokenizer)
-    plan = privacy_plan(recipe, len(records))
+    plan = privacy_plan(recipe, records.num_units)
     heldout = open_heldout(recipe, tokenizer)
     split = processes.context[1] > 1
     model = build_model(
@@ -125,7 +125,7 @@ def describe(parts: Parts, processes: Processes, key: bytes) -> RunInfo:
     return RunInfo(
         recipe_digest=recipe_digest(parts.recipe),
         key_fingerprint=key_fingerprint(key),
-        num_records=len(parts.records),
+        num_records=parts.records.num_units,
         num_heldout=0 if parts.heldout is None else len(parts.heldout),
         model_type=str(parts.model.config.model_type),  # pyright: ignore
         parameters=parameters,

@@ -10,12 +10,12 @@ from veilspan.trainer.sections import Privacy
 _STREAMS = {"aes": "aes-ctr", "philox": "philox"}
 
 
-def privacy_plan(recipe: Recipe, num_records: int) -> PrivacyPlan:
+def privacy_plan(recipe: Recipe, num_units: int) -> PrivacyPlan:
     """Return the plan that sampler, noise, ledger and statement of a run are built from.
 
     Args:
         recipe: The recipe.
-        num_records: Number N of protected units, treated as public.
+        num_units: Number N of protected units, treated as public.
 
     Raises:
         RecipeError: If the numbers contradict each other or the target cannot be reached.
@@ -24,31 +24,43 @@ def privacy_plan(recipe: Recipe, num_records: int) -> PrivacyPlan:
         Sampling probability and expected batch size are functions of the recipe and N alone,
         never of a batch that was drawn.
     """
-    law, privacy = None, recipe.privacy
+    law, privacy, data = None, recipe.privacy, recipe.data
     if privacy.norm_probes is not None:
         law = SketchedClip(probes=privacy.norm_probes, blocks=privacy.norm_blocks)
-    return plan_of(privacy, num_records, unit=recipe.data.unit, norms=law)
+    each = data.sequences_per_unit
+    return plan_of(privacy, num_units, unit=data.unit, records_per_unit=each, norms=law)
 
 
 def plan_of(
-    privacy: Privacy, num_records: int, *, unit: str, norms: SketchedClip | None
+    privacy: Privacy,
+    num_units: int,
+    *,
+    unit: str,
+    records_per_unit: int = 1,
+    num_records: int | None = None,
+    norms: SketchedClip | None,
 ) -> PrivacyPlan:
     """Return the plan of a privacy section alone; errors and guarantee as in `privacy_plan`.
 
     Args:
         privacy: The section.
-        num_records: Number N of protected units, treated as public.
+        num_units: Number N of protected units, or more than that, treated as public.
         unit: What one of them is, in the singular.
+        records_per_unit: The most records that one of them holds, each drawn by itself.
+        num_records: Number of records; by default each unit holds the most.
         norms: The law of estimated norms; None where they are exact.
     """
-    probability = _sampling_probability(privacy, num_records)
+    num_records = num_units * records_per_unit if num_records is None else num_records
+    drawn = "units" if records_per_unit == 1 else "records of units"
+    probability = _sampling_probability(privacy, num_records, drawn)
     settings = {
-        "delta": _delta(privacy, num_records),
+        "delta": _delta(privacy, num_units),
         "sampling_probability": probability,
         "steps": privacy.steps,
         "clip_norm": privacy.clip_norm,
         "expected_batch_size": probability * num_records,
         "unit": unit,
+        "records_per_unit": records_per_unit,
         "noise_stream": _STREAMS[privacy.noise],
         "norms": norms,
     }
@@ -68,30 +80,30 @@ def plan_of(
         ) from error
 
 
-def _sampling_probability(privacy: Privacy, num_records: int) -> float:
+def _sampling_probability(privacy: Privacy, num_records: int, drawn: str) -> float:
     if privacy.sampling_probability is not None:
         return privacy.sampling_probability
     assert privacy.expected_batch_size is not None  # Privacy refuses neither of the two
     if privacy.expected_batch_size > num_records:
         raise RecipeError(
             f"privacy.expected_batch_size is {privacy.expected_batch_size:g}, but there are only "
-            f"{num_records} units; set it to at most {num_records}."
+            f"{num_records} {drawn}; set it to at most {num_records}."
         )
     return privacy.expected_batch_size / num_records
 
 
-def _delta(privacy: Privacy, num_records: int) -> float:
-    if num_records < 2:
+def _delta(privacy: Privacy, num_units: int) -> float:
+    if num_units < 2:
         raise RecipeError(
-            f"There is only {num_records} unit to train on, so nothing can hide among others; "
+            f"There is only {num_units} unit to train on, so nothing can hide among others; "
             "train on more, or split data.train into the units that are to be protected."
         )
     if isinstance(privacy.delta, str):
-        return num_records**-1.1
-    if privacy.delta >= 1 / num_records:
+        return num_units**-1.1
+    if privacy.delta >= 1 / num_units:
         raise RecipeError(
             f"privacy.delta is {privacy.delta:g}, but it must be below 1/N = "
-            f"{1 / num_records:.3g} for N = {num_records} units: above that, publishing whole "
+            f"{1 / num_units:.3g} for N = {num_units} units: above that, publishing whole "
             'units at random would count as private. Set it lower, or to "auto".'
         )
     return privacy.delta

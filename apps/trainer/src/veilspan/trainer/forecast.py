@@ -74,14 +74,14 @@ def make_forecast(recipe: Recipe) -> Forecast:
     """
     tokenizer = load_tokenizer(recipe)
     records = open_records(recipe, tokenizer)
-    plan = privacy_plan(recipe, len(records))
+    plan = privacy_plan(recipe, records.num_units)
     cost = count_cost(recipe, tokenizer)
     speed = _measured_speed(recipe, cost)
     microbatch = settled_microbatch(recipe) or _chosen(recipe, plan, cost)
     return Forecast(
         plan=plan,
         epsilon=plan.epsilon(),
-        num_records=len(records),
+        num_records=records.num_units,
         model=cost,
         microbatch=microbatch,
         memory=memory_forecast(recipe, cost, microbatch_size=microbatch.size),
@@ -118,7 +118,7 @@ def memory_forecast(recipe: Recipe, cost: ModelCost, *, microbatch_size: int) ->
 
 
 def flops_per_sequence(recipe: Recipe, cost: ModelCost) -> int:
-    """Return the operations to train on one unit of full length.
+    """Return the operations to train on one sequence of full length.
 
     A backward pass costs two forward passes: one for the gradient of the inputs, one for that of
     the weights, which frozen weights do not need. Recomputed activations cost one more.

@@ -26,15 +26,17 @@ def show_forecast(console: Console, forecast: Forecast) -> None:
 
 def _privacy(forecast: Forecast) -> dict[str, str]:
     plan, epsilon = forecast.plan, forecast.epsilon
-    lower = f"{epsilon.lower:.4g}"
+    lower, each = f"{epsilon.lower:.4g}", plan.records_per_unit
+    drawn = plan.unit if each == 1 else "sequence"
+    of_each = "" if each == 1 else f", {each} sequences of each"
     return {
-        "unit": f"{plan.unit}, N = {forecast.num_records:,} (treated as public)",
+        "unit": f"{plan.unit}, N = {forecast.num_records:,} (treated as public){of_each}",
         "ε at the end": f"at most {round_up(epsilon.upper)}, at least {lower}",
         "δ": f"{plan.delta:.4g} (1/N = {1 / forecast.num_records:.3g})",
         "noise multiplier σ": f"{plan.noise_multiplier:.4f}",
         "clip norm C": f"{plan.clip_norm:g}",
         "sampling": f"Poisson, probability {plan.sampling_probability:.4g}",
-        "expected batch": f"{plan.expected_batch_size:.4g} {plan.unit}s",
+        "expected batch": f"{plan.expected_batch_size:.4g} {drawn}s",
         "steps": f"{plan.steps:,}",
         "noise stream": plan.noise_stream,
     }

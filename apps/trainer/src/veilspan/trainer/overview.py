@@ -72,9 +72,9 @@ def _run_rows(
         ("model", f"{_model_name(recipe)}, {numbers:,} parameters, {trainable:,} trained"),
         (
             "data",
-            f"{recipe.data.train}: {len(parts.records):,} units (one {recipe.data.unit} each)",
+            f"{recipe.data.train}: {parts.records.num_units:,} units (one {recipe.data.unit} each)",
         ),
-        ("sequence", f"{recipe.data.sequence_length:,} tokens, tokenizer {recipe.data.tokenizer}"),
+        ("sequence", f"{_sequences(recipe)}, tokenizer {recipe.data.tokenizer}"),
         ("held-out", heldout),
         ("processes", _processes_text(processes, recipe)),
         ("compute", f"{processes.device}, {recipe.model.dtype}"),
@@ -94,9 +94,14 @@ def _privacy_rows(parts: Parts) -> list[tuple[str, str]]:
         ("guarantee", f"{plan.epsilon()} after {plan.steps:,} steps, per {plan.unit}"),
         ("noise", f"multiplier {plan.noise_multiplier:.4f}, stream {plan.noise_stream}"),
         ("sampling", f"Poisson, probability {plan.sampling_probability:.4g} per step"),
-        ("batch", f"{plan.expected_batch_size:.4g} expected units"),
+        ("batch", f"{plan.expected_batch_size:.4g} expected {parts.recipe.data.drawn}s"),
         ("clipping", f"norm {plan.clip_norm:g} ({privacy.clipping}{shared}){estimated}"),
     ]
+
+
+def _sequences(recipe: Recipe) -> str:
+    tokens, each = f"{recipe.data.sequence_length:,} tokens", recipe.data.sequences_per_unit
+    return tokens if each == 1 else f"{tokens}, {each} of each {recipe.data.unit}"
 
 
 def _model_name(recipe: Recipe) -> str:

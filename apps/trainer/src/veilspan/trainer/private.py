@@ -55,6 +55,7 @@ def make_private(  # noqa: PLR0913 - each is one number of the plan or one part 
     sampling_probability: float | None = None,
     clipping: Clipping | None = None,
     unit: str = "record",
+    records_per_unit: int = 1,
     data: str | None = None,
     microbatch_size: int | Literal["auto"] = "auto",
     sequence_length: int | None = None,
@@ -70,9 +71,9 @@ def make_private(  # noqa: PLR0913 - each is one number of the plan or one part 
     Args:
         model: The model, on its device, with one loss per record; patched until `close`.
         optimizer: Yours; it must hold exactly the trainable parameters of the model.
-        dataset: Map-style, with `len` and an item per record; one record is one protected unit.
+        dataset: Map-style, with `len` and an item per record.
         target_epsilon: ε after all steps; the noise is computed from it.
-        delta: δ, below 1/N; "auto" is N^-1.1.
+        delta: δ, below 1/N for N records; "auto" is N^-1.1.
         ledger: File that counts the releases. One that exists is continued, if its plan is the
             same; to restore the model is then up to you.
         steps: Number of releases.
@@ -80,7 +81,9 @@ def make_private(  # noqa: PLR0913 - each is one number of the plan or one part 
         expected_batch_size: Expected records of a logical batch.
         sampling_probability: In its place, the chance of each record to be in a batch.
         clipping: Who shares a threshold, and the rule; by default `Flat(clip_norm=1.0)`.
-        unit: What one record is, in the singular, for statements.
+        unit: What is protected, in the singular, for statements: a record, or whoever holds some.
+        records_per_unit: The most records that one unit holds. You see to it that none holds more:
+            the guarantee covers all of them together, which takes more noise.
         data: Name of the data set, for its ledgers: those of one name add up, of two never. Not a
             digest, which would say something of the data.
         microbatch_size: Records per forward and backward; "auto" asks the cost model.
@@ -142,7 +145,7 @@ def make_private(  # noqa: PLR0913 - each is one number of the plan or one part 
         "noise": "philox" if isinstance(noise, PhiloxNoise) else "aes",
     }
     law = _law(model, clipping, options.get("norms"))
-    plan = _plan(numbers, epochs, len(dataset), unit, law)
+    plan = _plan(numbers, epochs, len(dataset), (unit, records_per_unit), law)
     key = new_key() if key is None else key
     poisson_batches(len(dataset), plan.sampling_probability, plan.steps, key=key)  # refuses a key
     assert plan.expected_batch_size is not None  # budget.plan_of always sets it
@@ -215,7 +218,7 @@ def _plan(
     numbers: Mapping[str, Any],
     epochs: float | None,
     num_records: int,
-    unit: str,
+    unit: tuple[str, int],
     law: SketchedClip | None,
 ) -> PrivacyPlan:
     if (numbers["steps"] is None) == (epochs is None):
@@ -224,12 +227,20 @@ def _plan(
         raise TrainerError(f"epochs is {epochs}; it must be above 0 and finite.")
     given = {name: value for name, value in numbers.items() if value is not None}
     privacy = _checked(Privacy, {"steps": 1, **given})
+    check_count("records_per_unit", unit[1], least=1)
     if epochs is not None:
         batch = privacy.expected_batch_size or (privacy.sampling_probability or 1.0) * num_records
         steps = math.ceil(round(epochs * num_records / batch, 6))  # 49 / (1 / 49 * 49) is above 49
         privacy = privacy.model_copy(update={"steps": max(1, steps)})
     try:
-        return plan_of(privacy, num_records, unit=unit, norms=law)
+        return plan_of(
+            privacy,
+            num_records,  # there are not more units than records, so δ is below 1/N for theirs
+            unit=unit[0],
+            records_per_unit=unit[1],
+            num_records=num_records,
+            norms=law,
+        )
     except RecipeError as error:
         raise TrainerError(str(error).replace("privacy.", "")) from error
 

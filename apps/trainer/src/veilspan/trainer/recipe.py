@@ -116,6 +116,7 @@ class Recipe(Section):
         split = self.parallel.context > 1
         for name, value, allowed in (
             ("privacy.groups", self.privacy.groups, ("flat",)),
+            ("data.sequences_per_unit", self.data.sequences_per_unit, (1,)),
             ("compute.norms", self.compute.norms, ("auto",)),
             ("compute.backward", self.compute.backward, ("auto", "two_pass", "bookkeeping")),
             ("privacy.sums", self.privacy.sums, ("fp32",) if split else ("fp32", "exact")),

@@ -85,8 +85,10 @@ def write_statement(root: Path) -> str:
     """
     folder = RunFolder(root)
     info, account = folder.read_info(), read_account(folder)
+    unit, each = account.plan.unit, account.plan.records_per_unit
+    cut = f"The trainer cut each {unit} into {each} sequences, its records.\n\n" if each > 1 else ""
     text = (
-        f"# Privacy statement\n\n{account.as_run.statement().strip()}\n\n"
+        f"# Privacy statement\n\n{account.as_run.statement().strip()}\n\n{cut}"
         f"The ledger of this run counts {account.releases} releases for {account.steps} steps; "
         f"the SHA-256 of its last line is {account.head}.\n"
     )
@@ -202,7 +204,7 @@ def _trained_rows(
         ("Trained parameters", f"{info.trainable:,}"),
         ("Private data", f"{data.train}, {info.num_records:,} {data.unit}s"),
         ("Unit of privacy", _unit_text(recipe)),
-        ("Used of each unit", f"the first {data.sequence_length:,} tokens"),
+        ("Used of each unit", _used_text(recipe)),
         ("Tokenizer", _tokenizer_text(recipe)),
         ("Trained on", f"{info.device}, {recipe.processes} process(es), {recipe.model.dtype}"),
     ]
@@ -228,6 +230,12 @@ def _unit_text(recipe: Recipe) -> str:
     return meaning[data.unit]
 
 
+def _used_text(recipe: Recipe) -> str:
+    length, each = recipe.data.sequence_length, recipe.data.sequences_per_unit
+    first = f"the first {each * length:,} tokens"
+    return first if each == 1 else f"{first}, as {each} sequences, each drawn and clipped by itself"
+
+
 def _tokenizer_text(recipe: Recipe) -> str:
     if recipe.data.tokenizer == "bytes":
         return "bytes; built in, trained on nothing"
@@ -237,15 +245,16 @@ def _tokenizer_text(recipe: Recipe) -> str:
 
 def _mechanism_rows(account: Account, recipe: Recipe, info: RunInfo) -> list[tuple[str, str, str]]:
     plan, q = account.plan, account.plan.sampling_probability
+    drawn = recipe.data.drawn
     rule = "scaled down to it" if recipe.privacy.clipping == "clip" else "normalised to it"
     if recipe.privacy.groups != "flat":
         rule += f"; shared out equally, one threshold per {recipe.privacy.groups}"
     if plan.norms is not None:
         rule += f"; norms estimated from {plan.norms.probes} probes, which the noise accounts for"
     return [
-        ("Sampling", f"q = {q:.6g}", f"each {plan.unit} joins each step independently (Poisson)"),
+        ("Sampling", f"q = {q:.6g}", f"each {drawn} joins each step independently (Poisson)"),
         ("Expected batch", f"{plan.expected_batch_size:g}", "public divisor of every sum"),
-        ("Clip norm", f"C = {plan.clip_norm:g}", f"gradient of one {plan.unit}, {rule}"),
+        ("Clip norm", f"C = {plan.clip_norm:g}", f"gradient of one {drawn}, {rule}"),
         ("Noise multiplier", f"σ = {plan.noise_multiplier:.6g}", "noise over clip norm"),
         ("Noise stream", _STREAMS[plan.noise_stream], "fresh key at every start, never stored"),
         ("Planned steps", f"{plan.steps:,}", "noisy releases"),

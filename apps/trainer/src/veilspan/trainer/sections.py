@@ -80,13 +80,20 @@ class Data(Section):
     text_column: str = Field(default="text", description="Column that holds the text.")
     unit: Literal["record", "document", "user"] = Field(
         description="What one guarantee covers. record: one row. document: one row or file that "
-        "is a whole document. user: all rows with the same user_column together. A unit becomes "
-        "one sequence, cut to sequence_length tokens."
+        "is a whole document. user: all rows with the same user_column together."
     )
     user_column: str | None = Field(
         default=None, description="Column that names the user (unit user)."
     )
-    sequence_length: int = Field(ge=2, description="Most tokens of one unit that are used.")
+    sequence_length: int = Field(ge=2, description="Most tokens of one sequence.")
+    sequences_per_unit: int = Field(
+        default=1,
+        ge=1,
+        le=1000,
+        description="Sequences that each document or user is cut into, drawn and clipped one by "
+        "one; what lies beyond is not used. The guarantee covers all of them together, which takes "
+        "more noise. Where the text ends early, sequences are empty.",
+    )
     tokenizer: str = Field(
         default="auto",
         description="auto: the one in model.path. bytes: built in, trained on nothing. "
@@ -114,6 +121,11 @@ class Data(Section):
             raise ValueError(
                 'user_column belongs to unit = "user": give both, or neither of the two'
             )
+        if self.unit == "record" and self.sequences_per_unit > 1:
+            raise ValueError(
+                f'sequences_per_unit is {self.sequences_per_unit} and unit is "record", which is '
+                'one sequence: set unit = "document" or "user", or leave sequences_per_unit out'
+            )
         if self.unit == "user" and self.format == "text":
             raise ValueError(
                 'unit = "user" needs rows with a user column: jsonl, parquet or dataset'
@@ -126,6 +138,11 @@ class Data(Section):
                 "heldout_is_public = true if that data is public, or remove it"
             )
         return self
+
+    @property
+    def drawn(self) -> str:
+        """What is drawn and clipped by itself, in the singular."""
+        return self.unit if self.sequences_per_unit == 1 else "sequence"
 
     @property
     def has_heldout(self) -> bool:
@@ -146,16 +163,16 @@ class Privacy(Section):
         description='Probability that ε does not hold; below 1/N. "auto" is N^-1.1 for N units.'
     )
     sampling_probability: float | None = Field(
-        default=None, gt=0, le=1, description="Probability that a unit takes part in a step."
+        default=None, gt=0, le=1, description="Probability that a sequence takes part in a step."
     )
     expected_batch_size: float | None = Field(
         default=None,
         gt=0,
-        description="Expected units per step; divided by N it is the probability.",
+        description="Expected sequences per step; divided by all of them it is the probability.",
     )
     steps: int = Field(ge=1, description="Number of optimizer steps, each one noisy release.")
     clip_norm: float = Field(
-        default=1.0, gt=0, description="Bound on the norm of one unit's gradient."
+        default=1.0, gt=0, description="Bound on the norm of one sequence's gradient."
     )
     clipping: Literal["clip", "automatic"] = Field(
         default="clip", description="clip: min(1, C/n). automatic: C/(n + gamma)."

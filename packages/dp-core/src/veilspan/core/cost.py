@@ -13,7 +13,6 @@ from veilspan.core.norms import gram_tile
 from veilspan.core.rates import DeviceRates
 
 _FP32 = 4.0  # bytes
-_GRADIENT_PASSES = 3.0  # write, read for the norm, read for the sum
 _LAYER_CALLS = 400.0
 """A linear map, forward and backward with what runs beside it, in calls on almost nothing."""
 _SPARSE, _LARGE_TABLE = 8, 1 << 20
@@ -126,7 +125,7 @@ def keeping_pays(
         gradient_bytes: Of one element of a gradient.
     """
     length, inputs, outputs = shape
-    formed = _stored_bytes(gradient_bytes) * inputs * outputs / rates.bandwidth
+    formed = _stored_seconds(inputs * outputs, rates, gradient_bytes)
     kept = norm_seconds("gram", shape, rates) + _scaled_bytes(shape) / rates.bandwidth
     return kept < formed and length * (inputs + outputs) < inputs * outputs
 
@@ -142,9 +141,10 @@ def table_pays(length: int, rows: int, width: int) -> bool:
     return _SPARSE * length <= rows and rows * width >= _LARGE_TABLE
 
 
-def _stored_bytes(gradient_bytes: float) -> float:
-    """Return what is read and written for each element of a gradient that is kept."""
-    return _GRADIENT_PASSES * gradient_bytes + 2.0 * _FP32
+def _stored_seconds(elements: int, rates: DeviceRates, gradient_bytes: float) -> float:
+    """Return the time of a gradient that is kept, measured, and added to the sum."""
+    moved = (rates.store_passes * gradient_bytes + 2.0 * _FP32) / rates.bandwidth
+    return elements * (moved + 2.0 * gradient_bytes / rates.reading)
 
 
 def _scaled_bytes(shape: tuple[int, int, int]) -> float:
@@ -203,7 +203,7 @@ def forecast_all(
     scaling = sum(size * _scaled_bytes((length, i, o)) for i, o in model.linears)
     weighed = norms + scaling / rates.bandwidth
     weighed += _weighing_seconds(len(model.linears), model.parameters, rates)
-    whole_seconds = _stored_bytes(model.gradient_bytes) * model.parameters / rates.bandwidth
+    whole_seconds = _stored_seconds(model.parameters, rates, model.gradient_bytes)
     stored, gradient = size * whole_seconds, size * model.gradient_bytes * model.parameters
     kept = "single_sample"
     if size > 1:
@@ -244,7 +244,7 @@ def _stored(size: int, length: int, model: ModelShape, rates: DeviceRates) -> tu
             rest -= rows * width
             each += _TABLE_CALLS * rates.call_seconds
             held += _FP32 * length * width
-    each += _stored_bytes(model.gradient_bytes) * rest / rates.bandwidth
+    each += _stored_seconds(rest, rates, model.gradient_bytes)
     return size * each + once, size * (held + model.gradient_bytes * rest)
 
 

@@ -60,6 +60,11 @@ def _row_norms(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=-1, dtype=compute_dtype(rows.dtype)).double()
 
 
+def _diagonal_roots(gram_Btt: Tensor) -> Tensor:
+    """Return the norms of the rows that a Gram matrix was made of, `[B, t]` fp64."""
+    return gram_Btt.diagonal(dim1=1, dim2=2).double().sqrt()
+
+
 def magnitudes(act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
     """Return Σ_t ‖a_t‖‖g_t‖ per sample, `[B]` fp64: what the norm would be without cancellation."""
     sizes_B = act_BTI.new_zeros(len(act_BTI), dtype=torch.float64)
@@ -94,8 +99,7 @@ class BlockedKernel:
         Source: Goodfellow (2015), https://arxiv.org/abs/1510.01799; Li et al. (2022),
         https://arxiv.org/abs/2110.05679.
         """
-        size_B = magnitudes(act_BTI, grad_BTO)
-        sq_B = self._gram(act_BTI, grad_BTO)
+        sq_B, size_B = self._gram(act_BTI, grad_BTO)
         hidden_B = sq_B < GRAM_CANCELLATION * size_B.square()
         if bool(hidden_B.any()):
             sq_B = sq_B.clone()
@@ -153,7 +157,8 @@ class BlockedKernel:
             sq_B += _row_norms(torch.bmm(block_BTo.mT.to(dtype), act_BTI)).square().sum(1)
         return sq_B
 
-    def _gram(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
+    def _gram(self, act_BTI: Tensor, grad_BTO: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ⟨AAᵀ, GGᵀ⟩ and Σ_t ‖a_t‖‖g_t‖, of which AAᵀ and GGᵀ hold the squares."""
         dtype = compute_dtype(grad_BTO.dtype)
         batch = act_BTI.shape[0]
         # A GPU would rather start fewer products than skip some of their work.
@@ -161,9 +166,14 @@ class BlockedKernel:
         side = max(1, min(best, math.isqrt(self.block_elements // max(1, batch))))
         acts = [block.to(dtype) for block in act_BTI.split(side, dim=1)]
         grads = [block.to(dtype) for block in grad_BTO.split(side, dim=1)]
-        sq_B = grad_BTO.new_zeros(batch, dtype=torch.float64)
+        sq_B, size_B = grad_BTO.new_zeros((2, batch), dtype=torch.float64)
         for i, (act_i, grad_i) in enumerate(zip(acts, grads, strict=True)):
             for j in range(i + 1):
-                tile = torch.bmm(act_i, acts[j].mT) * torch.bmm(grad_i, grads[j].mT)
+                of_acts, of_grads = torch.bmm(act_i, acts[j].mT), torch.bmm(grad_i, grads[j].mT)
+                if i == j:
+                    size_B += torch.linalg.vecdot(
+                        _diagonal_roots(of_acts), _diagonal_roots(of_grads)
+                    )
+                tile = of_acts.mul_(of_grads)
                 sq_B += (1.0 if i == j else 2.0) * tile.sum((1, 2), dtype=torch.float64)
-        return sq_B
+        return sq_B, size_B

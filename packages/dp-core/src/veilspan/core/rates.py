@@ -12,10 +12,12 @@ from pathlib import Path
 
 import torch
 
+from veilspan.core.norms import sq_norm
+
 CACHE = Path.home() / ".cache" / "veilspan" / "device_rates.json"
 """Where measured rates are kept; delete the file to measure again."""
 
-_MEASURED = ("flops", "bandwidth", "call_seconds")
+_MEASURED = ("flops", "bandwidth", "reading", "call_seconds")
 _SECONDS = 0.05  # of each measurement
 
 
@@ -26,23 +28,27 @@ class DeviceRates:
     Args:
         flops: Matrix products of a few hundred rows in fp32, operations per second.
         bandwidth: Memory traffic of elementwise work on large tensors, bytes per second.
+        reading: What norms of large tensors read, bytes per second.
         call_seconds: Time of one operation on almost nothing, seconds.
         free_bytes: Memory that a strategy may use beyond an ordinary backward pass, bytes.
         weight_passes: How often the products of a step read or write each weight, however few
             records there are: once each, and twice more where they copy it into another order.
+        store_passes: How often a store crosses memory: twice where it fetches what it overwrites.
     """
 
     flops: float
     bandwidth: float
+    reading: float
     call_seconds: float = 1e-5
     free_bytes: int = 1 << 62
     weight_passes: float = 3.0
+    store_passes: float = 1.0
 
     @classmethod
     def of(cls, device: torch.device, *, cache: Path | None = CACHE) -> DeviceRates:
         """Return the rates of `device`, with its free memory as it is now.
 
-        Measured in a fifth of a second when a device, thread count or torch version is met for the
+        Measured in a third of a second when a device, thread count or torch version is met for the
         first time. The file can be missing or read-only: then it is measured in every process.
 
         Args:
@@ -55,9 +61,10 @@ class DeviceRates:
             measured = asdict(_measure(device))
             known[key] = {name: measured[name] for name in _MEASURED}
             _write(cache, known)
-        passes = 9.0 if device.type == "cpu" else 3.0
         free = int(0.5 * free_bytes(device))
-        return cls(**known[key], free_bytes=free, weight_passes=passes)
+        if device.type != "cpu":
+            return cls(**known[key], free_bytes=free)
+        return cls(**known[key], free_bytes=free, weight_passes=9.0, store_passes=2.0)
 
 
 def _key(device: torch.device) -> str:
@@ -104,6 +111,7 @@ def _measure(device: torch.device) -> DeviceRates:
     return DeviceRates(
         flops=2.0 * left.numel() * right.shape[1] / product,
         bandwidth=3.0 * 4 * large.numel() / traffic,
+        reading=4.0 * large.numel() / _time(lambda: sq_norm(large), device),
         call_seconds=_time(lambda: small.add_(small), device),
     )
 

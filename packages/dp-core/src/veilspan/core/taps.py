@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NoReturn, Protocol
@@ -231,11 +231,11 @@ class FactorSite(Site):
     ) -> Tensor | None:
         """Give both factors to the running pass, and return the input gradient if it is needed."""
         self.last_shape = tuple(inputs.shape)
-        grad_input = None
-        if needs_grad:
-            grad_input = self.rule.input_grad(self.module, inputs, grad_output)
-        running.receive(FactorUse(self, inputs, grad_output))
-        return grad_input
+        grad_input, found = self.rule.backward(
+            self.module, inputs, grad_output, needs_input=needs_grad
+        )
+        running.receive(FactorUse(self, found, grad_output))
+        return grad_input if needs_grad else None
 
     def _samples_first(self, inputs: Tensor, size: int) -> Tensor:
         if inputs.ndim >= 2:
@@ -248,10 +248,10 @@ class FactorSite(Site):
 
 @dataclass(frozen=True)
 class FactorUse:
-    """One use of a layer with a rule: its input and its output gradient, samples first."""
+    """One use of a layer with a rule: what it adds to each parameter, and its output gradient."""
 
     site: FactorSite
-    inputs: Tensor
+    found: Mapping[str, Contribution]
     grad_output: Tensor
 
     @property
@@ -261,9 +261,7 @@ class FactorUse:
 
     def parts(self) -> Iterator[tuple[str, Contribution]]:
         """Yield what this use adds to each trainable parameter, by name in the model."""
-        site = self.site
-        found = site.rule.contributions(site.module, self.inputs, self.grad_output)
-        return ((name, found[local]) for local, name in site.owned.items())
+        return ((name, self.found[local]) for local, name in self.site.owned.items())
 
     def reached(self) -> Tensor:
         """Return the samples whose output gradient is neither zero nor 0 · inf, `[B]` bool."""

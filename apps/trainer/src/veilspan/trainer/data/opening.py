@@ -16,7 +16,7 @@ from veilspan.trainer.sections import Data
 
 
 def open_records(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Records:
-    """Open the private training data; `len` of the result is the public number of units N.
+    """Open the private training data.
 
     Units are ordered by file and row, or by user name: the same on every machine.
 
@@ -37,6 +37,7 @@ def open_records(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Records:
         tokenizer,
         sequence_length=data.sequence_length,
         units=units.first(data.max_records),
+        sequences_per_unit=data.sequences_per_unit,
     )
 
 

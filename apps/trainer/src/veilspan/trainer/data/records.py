@@ -1,4 +1,4 @@
-"""Protected units: each one becomes exactly one token sequence."""
+"""Protected units: each one becomes a fixed number of token sequences, mostly one."""
 
 from __future__ import annotations
 
@@ -46,19 +46,24 @@ class Units:
 
 @final
 class Records:
-    """Units of privacy, numbered 0 to N-1, tokenized when they are asked for.
+    """Sequences of the units of privacy, tokenized when they are asked for.
+
+    The k sequences of unit u have the numbers u·k to u·k + k - 1: one after the other, they are the
+    first k · `sequence_length` tokens of the unit.
 
     Guarantee:
-        A row belongs to exactly one unit and a unit yields exactly one sequence, so clipping one
-        sequence bounds everything its unit can contribute. What lies beyond `sequence_length`
-        tokens is not used. A unit without any text yields an empty sequence, which contributes
-        exactly zero; it still counts in N, which is treated as public.
+        A row belongs to exactly one unit and a unit yields exactly k sequences, so clipping each of
+        them bounds everything their unit can contribute. What lies beyond is not used. A sequence
+        that its unit's text does not reach is empty and contributes exactly zero; it still counts,
+        so that the number of sequences says nothing but the number of units N, which is treated as
+        public.
 
     Args:
         rows: Texts on disk.
         tokenizer: Hugging Face tokenizer.
-        sequence_length: Most tokens of one unit.
+        sequence_length: Most tokens of one sequence.
         units: Which rows belong to which unit.
+        sequences_per_unit: Sequences k of each unit.
     """
 
     def __init__(
@@ -68,26 +73,34 @@ class Records:
         *,
         sequence_length: int,
         units: Units,
+        sequences_per_unit: int = 1,
     ) -> None:
         self._rows = rows
         self._tokenizer = tokenizer
         self._units = units
-        self.sequence_length = sequence_length
-        self._characters = sequence_length * _characters_per_token(tokenizer)
+        self.sequence_length, self._each = sequence_length, sequences_per_unit
+        self._characters = self._each * sequence_length * _characters_per_token(tokenizer)
         self._prefix, self._end = _ends(tokenizer)
 
     def __len__(self) -> int:
+        return self.num_units * self._each
+
+    @property
+    def num_units(self) -> int:
+        """Return the public number of units N."""
         return len(self._units)
 
-    def __getitem__(self, unit: int) -> NDArray[np.int32]:
-        """Return the tokens of one unit, at most `sequence_length`, as int32 `[T]`."""
-        if not 0 <= unit < len(self):
-            raise IndexError(f"unit is {unit}; there are {len(self)}.")
+    def __getitem__(self, number: int) -> NDArray[np.int32]:
+        """Return the tokens of one sequence, at most `sequence_length`, as int32 `[T]`."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"number is {number}; there are {len(self)} sequences.")
+        unit, place = divmod(number, self._each)
         rows = self._units.rows_of(unit)
         texts = (self._rows.text(int(row), self._characters) for row in rows)
-        return np.asarray(self._tokens(texts), dtype=np.int32)
+        start, end = (self.sequence_length * edge for edge in (place, place + 1))
+        return np.asarray(self._tokens(texts, end)[start:], dtype=np.int32)
 
-    def _tokens(self, texts: Iterable[str]) -> list[int]:
+    def _tokens(self, texts: Iterable[str], most: int) -> list[int]:
         """Join texts as prefix, text, end, text, end, … and cut them to length."""
         tokens: list[int] = []
         for text in filter(None, texts):
@@ -97,12 +110,12 @@ class Records:
                 add_special_tokens=False,
                 split_special_tokens=True,  # text that spells a special token stays text
                 truncation=True,
-                max_length=self.sequence_length,
+                max_length=most,
             )["input_ids"]
-            if len(tokens) >= self.sequence_length:
+            if len(tokens) >= most:
                 break
             tokens += self._end
-        return tokens[: self.sequence_length]
+        return tokens[:most]
 
 
 def one_unit_per_row(rows: Sequence[int]) -> Units:

@@ -89,7 +89,7 @@ class Samplers:
             yield from ((parameter, None) for _, parameter in trainable)
             return
         inputs = rule.saved_input(activations[0], backprops)  # autocast: in the product's dtype
-        parts = rule.contributions(layer, inputs, backprops)
+        parts = rule.backward(layer, inputs, backprops, needs_input=False)[1]
         yield from ((parameter, parts[name]) for name, parameter in trainable)
 
     def _chooser(self, device: torch.device) -> NormChoice:

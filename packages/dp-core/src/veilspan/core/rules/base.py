@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from veilspan.core.contributions import Contribution
 
+Gradients = tuple[Tensor | None, Mapping[str, Contribution]]
+"""Gradient of the input, and by parameter name what one use adds to each sample's gradient."""
+
 
 class Rule(Protocol):
     """Gradient of a layer by hand: input gradient plus per-sample parameter gradients."""
@@ -22,12 +25,16 @@ class Rule(Protocol):
         """Return the form of the input to keep for the backward pass."""
         ...
 
-    def input_grad(self, module: nn.Module, inputs: Tensor, grad_output: Tensor) -> Tensor | None:
-        """Return the gradient of the input, shaped and typed like it."""
-        ...
+    def backward(
+        self, module: nn.Module, inputs: Tensor, grad_output: Tensor, *, needs_input: bool
+    ) -> Gradients:
+        """Return the gradients of one use of the module.
 
-    def contributions(
-        self, module: nn.Module, inputs: Tensor, grad_output: Tensor
-    ) -> Mapping[str, Contribution]:
-        """Return, by parameter name, what this use adds to each sample's gradient."""
+        Args:
+            module: The module.
+            inputs: What `saved_input` kept.
+            grad_output: Gradient of the output.
+            needs_input: Whether the input's gradient is wanted, shaped and typed like it; None may
+                stand for it otherwise.
+        """
         ...

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from veilspan.core.contributions import Contribution, RowSums
+from veilspan.core.contributions import RowSums
 from veilspan.core.formed import Recomputed
 from veilspan.core.norms import compute_dtype
+from veilspan.core.rules.base import Gradients
 
 _FORWARDS = {
     kind.forward: dimensions
@@ -45,18 +45,17 @@ class ConvolutionRule:
             )
         return inputs.to(output.dtype)
 
-    def input_grad(self, module: nn.Module, inputs: Tensor, grad_output: Tensor) -> Tensor:
-        """Return the transposed convolution of the output gradient."""
-        weight = self._convolution(module).weight.detach().to(grad_output.dtype)
-        return self._gradients(module, inputs, weight, grad_output, weight_too=False)
-
-    def contributions(
-        self, module: nn.Module, inputs: Tensor, grad_output: Tensor
-    ) -> Mapping[str, Contribution]:
-        """Return the weight, formed record by record, and the row sums of the bias."""
+    def backward(
+        self, module: nn.Module, inputs: Tensor, grad_output: Tensor, *, needs_input: bool
+    ) -> Gradients:
+        """Return the transposed convolution; the weight, record by record, the bias' row sums."""
+        grad_input = None
+        if needs_input:
+            weight = self._convolution(module).weight.detach().to(grad_output.dtype)
+            grad_input = self._gradients(module, inputs, weight, grad_output, weight_too=False)
         form = partial(self._weight_grad, module, inputs, grad_output)
         rows_BTO = grad_output.flatten(2).transpose(1, 2)
-        return {
+        return grad_input, {
             "weight": Recomputed(size=len(inputs), form=form),
             "bias": RowSums(rows_BTn=rows_BTO),
         }

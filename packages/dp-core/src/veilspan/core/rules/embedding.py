@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from veilspan.core.contributions import Contribution, Lookups
+from veilspan.core.contributions import Lookups
 from veilspan.core.errors import UnsupportedModelError
+from veilspan.core.rules.base import Gradients
 from veilspan.core.rules.probe import run
 
 
@@ -24,13 +24,10 @@ class EmbeddingRule:
         """Keep the token ids."""
         return inputs
 
-    def input_grad(self, module: nn.Module, inputs: Tensor, grad_output: Tensor) -> None:
-        """Token ids have no gradient."""
-
-    def contributions(
-        self, module: nn.Module, inputs: Tensor, grad_output: Tensor
-    ) -> Mapping[str, Contribution]:
-        """Return the looked-up rows of the table, without those of `padding_idx`."""
+    def backward(
+        self, module: nn.Module, inputs: Tensor, grad_output: Tensor, *, needs_input: bool
+    ) -> Gradients:
+        """Return no gradient of token ids; the looked-up rows, without those of `padding_idx`."""
         ids_BT = inputs.reshape(inputs.shape[0], -1)
         grad_BTD = grad_output.reshape(*ids_BT.shape, grad_output.shape[-1])
         if self.scale != 1.0:
@@ -39,7 +36,8 @@ class EmbeddingRule:
         if padding is not None:
             grad_BTD = grad_BTD.masked_fill((ids_BT == padding)[..., None], 0.0)
         assert isinstance(module, nn.Embedding)
-        return {"weight": Lookups(ids_BT=ids_BT, grad_BTD=grad_BTD, rows=len(module.weight))}
+        rows = len(module.weight)
+        return None, {"weight": Lookups(ids_BT=ids_BT, grad_BTD=grad_BTD, rows=rows)}
 
 
 def embedding_rule(module: nn.Module, name: str) -> EmbeddingRule | None:

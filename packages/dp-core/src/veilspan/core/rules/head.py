@@ -6,7 +6,7 @@ of a chunk, D features, V vocabulary; 2 is (highest logit, Σ exp(logit - highes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veilspan.core.contributions import Contribution
 from veilspan.core.formed import Recomputed
 from veilspan.core.norms import compute_dtype, magnitudes
 from veilspan.core.projection import Projection
+from veilspan.core.rules.base import Gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,20 +73,20 @@ class HeadRule:
         """Keep the hidden states."""
         return inputs
 
-    def input_grad(self, module: nn.Module, inputs: Tensor, grad_output: Tensor) -> Tensor:
-        """Return the gradient of the hidden states."""
-        grad_BTD = torch.empty_like(inputs)
-        work = self._chunks_of(module, inputs, grad_output)
-        for b in range(len(inputs)):
-            work.accumulate(b, hidden_TD=grad_BTD[b])
-        return grad_BTD
+    def backward(
+        self, module: nn.Module, inputs: Tensor, grad_output: Tensor, *, needs_input: bool
+    ) -> Gradients:
+        """Return the gradient of the hidden states; weight and bias, each formed when asked for.
 
-    def contributions(
-        self, module: nn.Module, inputs: Tensor, grad_output: Tensor
-    ) -> Mapping[str, Contribution]:
-        """Return weight and bias, each formed sample by sample from logits computed again."""
+        Whatever is formed computes the logits of a sample again.
+        """
         work, size = self._chunks_of(module, inputs, grad_output), len(inputs)
-        return {
+        grad_BTD = None
+        if needs_input:
+            grad_BTD = torch.empty_like(inputs)
+            for b in range(size):
+                work.accumulate(b, hidden_TD=grad_BTD[b])
+        return grad_BTD, {
             "weight": Recomputed(
                 size=size, form=work.weight_grad, projected=work.weight_projection
             ),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from veilspan.core.contributions import Contribution, OuterProducts, RowSums
+from veilspan.core.contributions import OuterProducts, RowSums
 from veilspan.core.protocols import NormKernel
+from veilspan.core.rules.base import Gradients
 from veilspan.core.rules.probe import agrees, own_parameters, probe_input
 
 
@@ -28,21 +28,20 @@ class LinearRule:
         """Keep the input in the dtype of the product, which autocast may have lowered."""
         return inputs.to(output.dtype)
 
-    def input_grad(self, module: nn.Module, inputs: Tensor, grad_output: Tensor) -> Tensor:
-        """Return `g W`, or `g Wᵀ` when transposed."""
-        weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
-        weight = weight.to(grad_output.dtype)
-        return grad_output @ (weight.mT if self.transposed else weight)
-
-    def contributions(
-        self, module: nn.Module, inputs: Tensor, grad_output: Tensor
-    ) -> Mapping[str, Contribution]:
-        """Return the outer products of the weight and the row sums of the bias."""
+    def backward(
+        self, module: nn.Module, inputs: Tensor, grad_output: Tensor, *, needs_input: bool
+    ) -> Gradients:
+        """Return `g W`, or `g Wᵀ`; the outer products of the weight, the row sums of the bias."""
+        grad_input = None
+        if needs_input:
+            matrix: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
+            matrix = matrix.to(grad_output.dtype)
+            grad_input = grad_output @ (matrix.mT if self.transposed else matrix)
         act_BTI = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
         grad_BTO = grad_output.reshape(grad_output.shape[0], -1, grad_output.shape[-1])
         pair = (grad_BTO, act_BTI) if self.transposed else (act_BTI, grad_BTO)
         weight = OuterProducts(act_BTI=pair[0], grad_BTO=pair[1], kernel=self.kernel)
-        return {"weight": weight, "bias": RowSums(rows_BTn=grad_BTO)}
+        return grad_input, {"weight": weight, "bias": RowSums(rows_BTn=grad_BTO)}
 
 
 def linear_rule(module: nn.Module, kernel: NormKernel) -> LinearRule | None:

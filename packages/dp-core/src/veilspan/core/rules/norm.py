@@ -6,15 +6,15 @@ gain is one: LayerNorm, RMSNorm and their Hugging Face relatives, Gemma's `1 + w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from veilspan.core.contributions import Contribution, RowSums
+from veilspan.core.contributions import RowSums
 from veilspan.core.norms import compute_dtype
+from veilspan.core.rules.base import Gradients
 from veilspan.core.rules.probe import close, own_parameters, probe_input, run, shallow_copy
 
 
@@ -29,25 +29,23 @@ class NormRule:
         """Keep the input; x̂ is cheaper to recompute than to store."""
         return inputs
 
-    def input_grad(self, module: nn.Module, inputs: Tensor, grad_output: Tensor) -> Tensor:
-        """Return the gradient through x̂, by autograd over the module's own arithmetic."""
-        gain = own_parameters(module)["weight"] + self.offset
-        with torch.enable_grad():
-            leaf = inputs.detach().requires_grad_()
+    def backward(
+        self, module: nn.Module, inputs: Tensor, grad_output: Tensor, *, needs_input: bool
+    ) -> Gradients:
+        """Return the gradient through x̂ by autograd; `Σ g·x̂` of the weight, `Σ g` of the bias."""
+        leaf = inputs.detach().requires_grad_(needs_input)
+        with torch.set_grad_enabled(needs_input):
             unit = unit_gain(module, self.offset)(leaf)
-        scaled = (grad_output * gain.to(grad_output.dtype)).to(unit.dtype)
-        return torch.autograd.grad(unit, leaf, scaled)[0]
-
-    def contributions(
-        self, module: nn.Module, inputs: Tensor, grad_output: Tensor
-    ) -> Mapping[str, Contribution]:
-        """Return `Σ g·x̂` for the weight and `Σ g` for the bias."""
-        with torch.no_grad():
-            unit = unit_gain(module, self.offset)(inputs)
+        grad_input = None
+        if needs_input:
+            gain = own_parameters(module)["weight"].detach() + self.offset
+            scaled = (grad_output * gain.to(grad_output.dtype)).to(unit.dtype)
+            grad_input = torch.autograd.grad(unit, leaf, scaled)[0]
         dtype = compute_dtype(grad_output.dtype)
         grad_BTn = grad_output.reshape(grad_output.shape[0], -1, grad_output.shape[-1]).to(dtype)
-        weight = RowSums(rows_BTn=grad_BTn * unit.reshape(grad_BTn.shape).to(dtype))
-        return {"weight": weight, "bias": RowSums(rows_BTn=grad_BTn)}
+        unit_BTn = unit.detach().reshape(grad_BTn.shape).to(dtype)
+        weight = RowSums(rows_BTn=grad_BTn * unit_BTn)
+        return grad_input, {"weight": weight, "bias": RowSums(rows_BTn=grad_BTn)}
 
 
 def norm_rule(module: nn.Module) -> NormRule | None:
