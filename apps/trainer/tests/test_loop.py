@@ -297,7 +297,9 @@ def test_every_way_to_compute_trains(tmp_path: Path, recipe_in: Callable, settin
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
-def test_sequences_of_a_document_are_counted_together(tmp_path: Path, recipe_in: Callable) -> None:
+def test_pitfall_39_sequences_of_a_document_are_counted_together(
+    tmp_path: Path, recipe_in: Callable
+) -> None:
     cut = recipe_in(tmp_path, data__unit="document", data__sequences_per_unit=3)
     folder = train(cut)
     with _ledger(folder) as ledger:

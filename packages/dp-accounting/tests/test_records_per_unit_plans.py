@@ -114,3 +114,20 @@ def test_audits_hold_measurements_against_units_of_several_records():
     audit = audit_one_run(scores, [i >= 30 for i in range(60)], guesses=40, delta=1e-5)
     assert audit.contradicts(SINGLE)
     assert not audit.contradicts(replace(PLAN, records_per_unit=20))
+
+
+def test_four_times_the_records_cost_little_noise_where_few_of_a_unit_meet():
+    """The figures of the guide on budgets."""
+    one, four = (
+        PrivacyPlan.calibrate(
+            target_epsilon=8.0,
+            delta=1e-7,
+            sampling_probability=1024 / (each * 100_000),
+            steps=2000,
+            records_per_unit=each,
+        )
+        for each in (1, 4)
+    )
+    assert (round(one.noise_multiplier, 3), round(four.noise_multiplier, 3)) == (0.708, 0.746)
+    assert four.noise_multiplier < 1.06 * one.noise_multiplier
+    assert four.epsilon().upper <= 8.0
