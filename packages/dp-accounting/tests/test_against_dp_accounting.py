@@ -104,7 +104,7 @@ def test_bounds_meet_those_of_the_installed_dp_accounting(row):
     assert pessimistic == pytest.approx(row["pessimistic"], rel=1e-4)
 
 
-@pytest.mark.skipif(np.finfo(np.longdouble).eps > 1e-18, reason="no extended precision here")
+@pytest.mark.skipif(bool(np.finfo(np.longdouble).eps > 1e-18), reason="no extended precision here")
 @pytest.mark.parametrize(
     ("q", "sigma", "steps", "top"), [(1e-4, 0.5, 10_000, 50.0), (1e-3, 1.0, 1000, 16.0)]
 )
@@ -141,11 +141,11 @@ def extended_delta(q, sigma, steps, epsilon, *, h, top):
     step = np.zeros(size, dtype=np.longdouble)
     np.add.at(step, number[:-1] % size, mass - moved)
     np.add.at(step, number[1:] % size, moved)
-    spectrum = fft.fft(step)
+    spectrum = np.asarray(fft.fft(step))
     power = np.ones_like(spectrum)
     for digit in f"{steps:b}":  # squared and multiplied: numpy's own power loses digits
         power = power * power * (spectrum if digit == "1" else 1)
-    total = fft.ifft(power).real
+    total = np.asarray(fft.ifft(power)).real
     place = np.arange(size)
     value = np.where(place < 0.85 * size, place, place - size) * np.longdouble(h)
     over = value > epsilon
