@@ -145,7 +145,7 @@ def extended_delta(q, sigma, steps, epsilon, *, h, top):
     power = np.ones_like(spectrum)
     for digit in f"{steps:b}":  # squared and multiplied: numpy's own power loses digits
         power = power * power * (spectrum if digit == "1" else 1)
-    total = np.asarray(fft.ifft(power)).real
+    total = np.real(np.asarray(fft.ifft(power)))
     place = np.arange(size)
     value = np.where(place < 0.85 * size, place, place - size) * np.longdouble(h)
     over = value > epsilon
