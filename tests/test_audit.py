@@ -61,11 +61,13 @@ class ForgetsTheCrossTerm(BlockedKernel):
     The gradient of a weight used twice is g + g, of square 4‖g‖², not ‖g‖² + ‖g‖².
     """
 
-    def sq_norm_direct(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
-        return super().sq_norm_direct(act_BTI, grad_BTO) / 2
+    def sq_norm_direct(self, act_BTI: Tensor, grad_BTO: Tensor) -> tuple[Tensor, Tensor]:
+        sq_norm_B, size_B = super().sq_norm_direct(act_BTI, grad_BTO)
+        return sq_norm_B / 2, size_B
 
-    def sq_norm_gram(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
-        return super().sq_norm_gram(act_BTI, grad_BTO) / 2
+    def sq_norm_gram(self, act_BTI: Tensor, grad_BTO: Tensor) -> tuple[Tensor, Tensor]:
+        sq_norm_B, size_B = super().sq_norm_gram(act_BTI, grad_BTO)
+        return sq_norm_B / 2, size_B
 
 
 def private_step(

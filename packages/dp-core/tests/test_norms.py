@@ -27,6 +27,40 @@ def test_norm_buffers_stay_within_the_budget(largest):
     assert largest.elements <= 16384  # neither a token-by-token buffer nor a gradient
 
 
+def test_maps_with_one_input_share_its_products_and_nobody_else_does():
+    torch.manual_seed(0)
+    kernel, fresh = BlockedKernel(), lambda *factors: BlockedKernel().sq_norm_gram(*factors)[0]
+    act, other = torch.randn(2, 70, 5), torch.randn(2, 70, 5)
+    grads = [torch.randn(2, 70, width) for width in (3, 4)]
+    for grad in grads:
+        assert torch.equal(kernel.sq_norm_gram(act.view(2, 70, 5), grad)[0], fresh(act, grad))
+        assert torch.equal(kernel.sq_norm_gram(act, grad)[0], fresh(act, grad))
+        assert torch.equal(kernel.sq_norm_gram(other, grad)[0], fresh(other, grad))
+    kernel.sq_norm_gram(act, grads[0])
+    act.mul_(2.0)  # the same tensor, with other numbers
+    assert torch.equal(kernel.sq_norm_gram(act, grads[0])[0], fresh(act, grads[0]))
+    half = act[:, :64]  # other tokens at the same address
+    assert torch.equal(
+        kernel.sq_norm_gram(half, grads[0][:, :64])[0], fresh(half, grads[0][:, :64])
+    )
+    for seed in range(4):  # memory that is used again, with other numbers
+        torch.manual_seed(seed)
+        again = torch.randn(2, 70, 5)
+        assert torch.equal(kernel.sq_norm_gram(again, grads[0])[0], fresh(again, grads[0]))
+        del again
+
+
+def test_maps_with_one_input_take_its_products_once(monkeypatch):
+    calls, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *operands: calls.append(1) or bmm(*operands))
+    kernel, act = BlockedKernel(), torch.randn(2, 70, 5)
+    kernel.sq_norm_gram(act, torch.randn(2, 70, 3))
+    first = len(calls)
+    kernel.sq_norm_gram(act.view(2, 70, 5), torch.randn(2, 70, 3))
+    assert first == 4  # two rows of tiles, of the input and of the gradient
+    assert len(calls) - first == 2
+
+
 @pytest.mark.parametrize("elements", [1, 1023, 1024, 1025, 3_000_001])
 def test_sum_of_squares_in_fp32_keeps_six_digits(elements):
     torch.manual_seed(0)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from veilspan.core import RecordsAlone, UnsupportedModelError
 from veilspan.core.norms import BlockedKernel
 from veilspan.core.rules import find_rule
+from veilspan.core.rules.linear import LinearRule
+from veilspan.core.rules.norm import NormRule, Standard
 from veilspan.core.testing import assert_rule_matches
 
 
@@ -76,6 +82,66 @@ def test_rules_are_exact_on_inputs_of_two_to_four_dimensions(module, name, shape
     torch.manual_seed(0)
     assert rule_of(module).name == name
     assert_rule_matches(module.double(), torch.randn(shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("module", "standard"),
+    [
+        (shifted_norm(nn.LayerNorm), Standard(centred=True, eps=1e-5)),
+        (nn.LayerNorm(5, eps=1e-3, bias=False), Standard(centred=True, eps=1e-3)),
+        (nn.RMSNorm(5, eps=1e-6), Standard(centred=False, eps=1e-6)),
+        (LlamaRMSNorm(5, eps=1e-5), Standard(centred=False, eps=1e-5)),
+        (GemmaRMSNorm(5), Standard(centred=False, eps=1e-6)),
+        (RootMeanSquare(5), None),  # its eps is no number of the module
+        (nn.RMSNorm(5), None),  # nor this one, which depends on the dtype
+        (LayerScale(5), None),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_norm_that_is_standard_is_known_by_its_numbers(module, standard, dtype):
+    rule = rule_of(copy.deepcopy(module).to(dtype))
+    assert isinstance(rule, NormRule)
+    assert rule.standard == standard
+
+
+class Damped(Transposed):
+    """A map that bf16 can hardly tell from a linear one."""
+
+    def forward(self, x):
+        return super().forward(x) * 0.98
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_module_computes_is_found_out_in_fp32_whatever_its_dtype(dtype):
+    torch.manual_seed(0)
+    gemma, transposed = GemmaRMSNorm(5).to(dtype), Transposed(5, 3).to(dtype)
+    kernel = BlockedKernel()
+    standard = Standard(centred=False, eps=1e-6)
+    assert rule_of(gemma) == NormRule(offset=1.0, kernel=kernel, standard=standard)
+    assert rule_of(transposed) == LinearRule(kernel=kernel, transposed=True)
+    assert rule_of(Damped(5, 3).to(dtype)) == RecordsAlone()
+
+
+@pytest.mark.parametrize("make", [nn.LayerNorm, LlamaRMSNorm, GemmaRMSNorm])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_standard_norm_has_the_gradients_of_autograd(make, dtype):
+    torch.manual_seed(0)
+    module = make(64)
+    module.weight.data.normal_()
+    x, grad = 3 * torch.randn(2, 7, 3, 64) + 1, torch.randn(2, 7, 3, 64)
+    exact = copy.deepcopy(module).double()
+    leaf = x.to(dtype).double().requires_grad_()
+    exact(leaf).backward(grad.to(dtype).double())
+    module = module.to(dtype)
+    rule = rule_of(module)
+    assert isinstance(rule, NormRule)
+    found, parts = rule.backward(module, x.to(dtype), grad.to(dtype), needs_input=True)
+    assert found is not None
+    limit = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    assert found.dtype == dtype  # Hugging Face's norms compute in fp32, fp64 input or not
+    torch.testing.assert_close(found.double(), leaf.grad, rtol=limit, atol=limit)
+    weight = parts["weight"].per_sample().sum(0).double()
+    torch.testing.assert_close(weight, exact.weight.grad, rtol=limit, atol=10 * limit)
 
 
 class ScaledEmbedding(nn.Embedding):

@@ -38,7 +38,7 @@ def test_a_norm_that_cancellation_hides_is_never_too_small(
     grad_BTO = torch.cat([grad, -grad], dim=1)
     exact = torch.einsum("bto,bti->boi", grad_BTO.double(), act_BTI.double())
     true = exact.square().sum((1, 2))
-    found = getattr(TritonKernel(), form)(act_BTI, grad_BTO)
+    found, _ = getattr(TritonKernel(), form)(act_BTI, grad_BTO)
     assert bool((found >= true * (1 - 2.0**-18)).all()), (found, true)
     size = (act_BTI.double().norm(dim=-1) * grad_BTO.double().norm(dim=-1)).sum()
     assert float(found - true) <= 1e-4 * float(true) + (1e-5 * float(size)) ** 2
@@ -51,7 +51,8 @@ def test_a_private_step_equals_that_of_the_default_kernel(
 ) -> None:
     def clipped(kernel: object) -> list[Tensor]:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)).to(device)
+        norms_between = nn.Sequential(nn.LayerNorm(9), nn.RMSNorm(9, eps=1e-5))
+        model = nn.Sequential(nn.Linear(6, 9), norms_between, nn.Tanh(), nn.Linear(9, 4)).to(device)
         step = core.PrivateStep(
             model,
             clipping=core.PerLayer(clip_norm=0.5),

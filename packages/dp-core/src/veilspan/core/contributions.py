@@ -9,7 +9,7 @@ width, R distinct rows, or the rows of a weight, N its columns, k probes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -119,13 +119,14 @@ class Rows:
         out[self.rows_R] = self.gradient_RD.to(out.dtype)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class OuterProducts:
     """Gradient `Σ_t g_t a_tᵀ` of a weight `[O, I]`: linear layers."""
 
     act_BTI: Tensor
     grad_BTO: Tensor
     kernel: NormKernel
+    _size_B: Tensor | None = field(init=False, default=None)  # Σ_t ‖a_t‖‖g_t‖, once known
     factored: ClassVar[bool] = True
 
     def per_sample(self, out: Tensor | None = None) -> Tensor:
@@ -143,7 +144,8 @@ class OuterProducts:
         _, length, inputs = self.act_BTI.shape
         gram = choose(length, inputs, self.grad_BTO.shape[2]) == "gram"
         form = self.kernel.sq_norm_gram if gram else self.kernel.sq_norm_direct
-        return form(self.act_BTI, self.grad_BTO)
+        sq_norm_B, self._size_B = form(self.act_BTI, self.grad_BTO)
+        return sq_norm_B
 
     @property
     def size(self) -> int:
@@ -202,11 +204,9 @@ class OuterProducts:
         if sums.sample_by_sample:
             add_each(self, sums, name, factor_B)
         else:
-            clip_norm = sums.clip_norm(name)
-            total = self.kernel.weighted_grad(
-                self.act_BTI, self.grad_BTO, factor_B, clip_norm=clip_norm
-            )
-            sums.add_(name, total)
+            weigh, limit, size_B = self.kernel.weighted_grad, sums.clip_norm(name), self._size_B
+            factors = self.act_BTI, self.grad_BTO, factor_B
+            sums.add_(name, weigh(*factors, clip_norm=limit, size_B=size_B))
 
 
 @dataclass(frozen=True, kw_only=True)

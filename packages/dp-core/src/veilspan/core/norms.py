@@ -7,7 +7,8 @@ computed in fp32 or wider and added in fp64.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,14 +37,18 @@ def sq_norms(values_Bx: Tensor) -> Tensor:
     """Return Σ values² of each sample, `[B]` fp64; `values_Bx` is `[B, …]`."""
     flat_Bn = values_Bx.reshape(len(values_Bx), -1)
     whole = flat_Bn.shape[1] // _CHAIN * _CHAIN
+    if whole == 0:
+        return _row_norms(flat_Bn).square()
     chains = flat_Bn[:, :whole].unflatten(1, (whole // _CHAIN, _CHAIN))
     sq_B = _row_norms(chains).square().sum(1)
-    return sq_B + _row_norms(flat_Bn[:, whole:]).square()
+    if whole < flat_Bn.shape[1]:
+        sq_B += _row_norms(flat_Bn[:, whole:]).square()
+    return sq_B
 
 
 def gram_tile(length: int) -> int:
     """Return the tokens of a side of a Gram tile: small enough that half of them can be skipped."""
-    return min(max(length // 2, _SMALL_TILE), _TILE)
+    return min(max(length // 4, _SMALL_TILE), _TILE)
 
 
 def rounding_guard(length: int, dtype: torch.dtype) -> float:
@@ -73,6 +78,40 @@ def magnitudes(act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
     return sizes_B
 
 
+def _weighted(act_BTI: Tensor, grad_BTO: Tensor, factor_B: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return Σ_b factor_b · G_bᵀA_b as one product; the factor meets the smaller operand."""
+    act, grad, factors = act_BTI.to(dtype), grad_BTO.to(dtype), factor_B.to(dtype)[:, None, None]
+    if act.shape[2] < grad.shape[2]:
+        act = act * factors
+    else:
+        grad = grad * factors
+    return torch.mm(grad.flatten(0, 1).mT, act.flatten(0, 1))
+
+
+class _SharedInput:
+    """AAᵀ of the last input, as long as somebody holds it: several maps may have one input.
+
+    As queries, keys and values have, or both halves of a gated MLP.
+    """
+
+    def __init__(self) -> None:
+        self._input: weakref.ref[Tensor] | None = None
+        self._key: tuple[object, ...] = ()
+        self._rows: dict[int, Tensor] = {}
+
+    def __reduce__(self) -> tuple[type[_SharedInput], tuple[()]]:
+        return type(self), ()
+
+    def of(self, act_BTI: Tensor) -> dict[int, Tensor]:
+        """Return rows of tiles of this very input by their first token; empty for a new one."""
+        place = act_BTI.data_ptr(), act_BTI.shape, act_BTI.stride(), act_BTI.dtype
+        key = (*place, act_BTI._version)
+        if self._input is None or self._input() is None or self._key != key:
+            self._rows = {}
+        self._input, self._key = weakref.ref(act_BTI), key
+        return self._rows
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockedKernel:
     """Norms and clipped sums whose scratch memory is bounded by a budget.
@@ -87,14 +126,20 @@ class BlockedKernel:
     """
 
     block_elements: int = 1 << 22
+    _shared: _SharedInput = field(
+        default_factory=_SharedInput, init=False, repr=False, compare=False
+    )
 
-    def sq_norm_direct(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
-        """Return ‖GᵀA‖² per sample, `[B]` fp64, in blocks of output rows."""
-        guard_B = rounding_guard(act_BTI.shape[1], act_BTI.dtype) * magnitudes(act_BTI, grad_BTO)
-        return self._direct(act_BTI, grad_BTO) + guard_B.square()
+    def sq_norm_direct(self, act_BTI: Tensor, grad_BTO: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ‖GᵀA‖² and Σ_t ‖a_t‖‖g_t‖ per sample, `[B]` fp64, in blocks of output rows."""
+        size_B = magnitudes(act_BTI, grad_BTO)
+        guard_B = rounding_guard(act_BTI.shape[1], act_BTI.dtype) * size_B
+        return self._direct(act_BTI, grad_BTO) + guard_B.square(), size_B
 
-    def sq_norm_gram(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
-        """Return ⟨AAᵀ, GGᵀ⟩ per sample, `[B]` fp64, over half of the token-by-token tiles.
+    def sq_norm_gram(self, act_BTI: Tensor, grad_BTO: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ⟨AAᵀ, GGᵀ⟩ and Σ_t ‖a_t‖‖g_t‖ per sample, `[B]` fp64.
+
+        Over half of the token-by-token tiles.
 
         Source: Goodfellow (2015), https://arxiv.org/abs/1510.01799; Li et al. (2022),
         https://arxiv.org/abs/2110.05679.
@@ -105,7 +150,7 @@ class BlockedKernel:
             sq_B = sq_B.clone()
             sq_B[hidden_B] = self._direct(act_BTI[hidden_B], grad_BTO[hidden_B])
         guard_B = rounding_guard(act_BTI.shape[1], act_BTI.dtype) * size_B
-        return sq_B + guard_B.square()
+        return sq_B + guard_B.square(), size_B
 
     def per_sample_grad(
         self, act_BTI: Tensor, grad_BTO: Tensor, *, out: Tensor | None = None
@@ -117,7 +162,13 @@ class BlockedKernel:
         return torch.bmm(grad_BTO.mT, act_BTI, out=out)
 
     def weighted_grad(
-        self, act_BTI: Tensor, grad_BTO: Tensor, factor_B: Tensor, *, clip_norm: float
+        self,
+        act_BTI: Tensor,
+        grad_BTO: Tensor,
+        factor_B: Tensor,
+        *,
+        clip_norm: float,
+        size_B: Tensor | None = None,
     ) -> Tensor:
         """Return Σ_b factor_b · G_bᵀA_b, `[O, I]` fp32 or fp64.
 
@@ -126,26 +177,43 @@ class BlockedKernel:
         the rounding is below that of an fp32 sum of contributions of norm `clip_norm`.
         """
         dtype = compute_dtype(grad_BTO.dtype)
-        size_B = magnitudes(act_BTI, grad_BTO) * factor_B
-        used_B = factor_B != 0.0
-        steady_B = used_B & (size_B <= CANCELLING * math.sqrt(act_BTI.shape[1]) * clip_norm)
-        if int(steady_B.sum()) > 1:
-            act, grad, factors = act_BTI, grad_BTO, factor_B
-            if not bool(steady_B.all()):
-                act, grad, factors = act_BTI[steady_B], grad_BTO[steady_B], factor_B[steady_B]
-            act, grad, factors = act.to(dtype), grad.to(dtype), factors.to(dtype)[:, None, None]
-            if act.shape[2] < grad.shape[2]:  # the factor meets the smaller operand
-                act = act * factors
-            else:
-                grad = grad * factors
-            total = torch.mm(grad.flatten(0, 1).mT, act.flatten(0, 1))
-        else:
-            total = grad_BTO.new_zeros((grad_BTO.shape[2], act_BTI.shape[2]), dtype=dtype)
-            steady_B = torch.zeros_like(steady_B)
-        for b in (used_B & ~steady_B).nonzero().flatten().tolist():
+        if size_B is None:
+            size_B = magnitudes(act_BTI, grad_BTO)
+        steady_B = size_B * factor_B <= CANCELLING * math.sqrt(act_BTI.shape[1]) * clip_norm
+        if bool(steady_B.all()):  # false where a factor of zero meets what is not finite
+            return _weighted(act_BTI, grad_BTO, factor_B, dtype)
+        steady_B &= factor_B != 0.0
+        total = grad_BTO.new_zeros((grad_BTO.shape[2], act_BTI.shape[2]), dtype=dtype)
+        if bool(steady_B.any()):
+            total = _weighted(act_BTI[steady_B], grad_BTO[steady_B], factor_B[steady_B], dtype)
+        for b in ((factor_B != 0.0) & ~steady_B).nonzero().flatten().tolist():
             product = grad_BTO[b].mT.to(dtype) @ act_BTI[b].to(dtype)
             total.add_(product, alpha=float(factor_B[b]))
         return total
+
+    def normalisation_backward(
+        self, x_BTD: Tensor, gain_D: Tensor, grad_BTD: Tensor, *, eps: float, centred: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of `y = x̂ · gain`: of x, and of the gain per sample, `[B, D]`.
+
+        Source: Ba et al. (2016), https://arxiv.org/abs/1607.06450; Zhang and Sennrich (2019),
+        https://arxiv.org/abs/1910.07467.
+        """
+        dtype = compute_dtype(torch.promote_types(x_BTD.dtype, grad_BTD.dtype))
+        rows, gain_D, grad_BTD = x_BTD.to(dtype), gain_D.to(dtype), grad_BTD.to(dtype)
+        if centred:
+            rows = rows - rows.mean(-1, keepdim=True)
+        width = rows.shape[-1]
+        size_BT1 = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+        scale_BT1 = size_BT1.square_().div_(width).add_(eps).rsqrt_()
+        unit = rows * scale_BT1
+        product = grad_BTD * unit
+        through_BT1 = torch.mv(product.flatten(0, 1), gain_D).view(scale_BT1.shape).div_(-width)
+        grad_x = grad_BTD * gain_D
+        if centred:
+            grad_x -= grad_x.mean(-1, keepdim=True)
+        grad_x.addcmul_(unit, through_BT1).mul_(scale_BT1)
+        return grad_x.to(x_BTD.dtype), product.sum(1)
 
     def _direct(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
         dtype = compute_dtype(grad_BTO.dtype)
@@ -158,22 +226,34 @@ class BlockedKernel:
         return sq_B
 
     def _gram(self, act_BTI: Tensor, grad_BTO: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ⟨AAᵀ, GGᵀ⟩ and Σ_t ‖a_t‖‖g_t‖, of which AAᵀ and GGᵀ hold the squares."""
+        """Return ⟨AAᵀ, GGᵀ⟩ and Σ_t ‖a_t‖‖g_t‖, of which AAᵀ and GGᵀ hold the squares.
+
+        Row by row of tiles, each up to the diagonal; tiles before it count twice.
+        """
         dtype = compute_dtype(grad_BTO.dtype)
-        batch = act_BTI.shape[0]
+        batch, length = act_BTI.shape[:2]
         # A GPU would rather start fewer products than skip some of their work.
-        best = gram_tile(act_BTI.shape[1]) if act_BTI.device.type == "cpu" else _LARGE_TILE
+        best = gram_tile(length) if act_BTI.device.type == "cpu" else _LARGE_TILE
         side = max(1, min(best, math.isqrt(self.block_elements // max(1, batch))))
-        acts = [block.to(dtype) for block in act_BTI.split(side, dim=1)]
-        grads = [block.to(dtype) for block in grad_BTO.split(side, dim=1)]
+        most = max(side, self.block_elements // (max(1, batch) * side) // side * side)
+        small = batch * length * length <= self.block_elements
+        of_input = self._shared.of(act_BTI) if small else {}
+        act_BTI, grad_BTO = act_BTI.to(dtype), grad_BTO.to(dtype)
         sq_B, size_B = grad_BTO.new_zeros((2, batch), dtype=torch.float64)
-        for i, (act_i, grad_i) in enumerate(zip(acts, grads, strict=True)):
-            for j in range(i + 1):
-                of_acts, of_grads = torch.bmm(act_i, acts[j].mT), torch.bmm(grad_i, grads[j].mT)
-                if i == j:
-                    size_B += torch.linalg.vecdot(
-                        _diagonal_roots(of_acts), _diagonal_roots(of_grads)
-                    )
-                tile = of_acts.mul_(of_grads)
-                sq_B += (1.0 if i == j else 2.0) * tile.sum((1, 2), dtype=torch.float64)
+        for i in range(0, length, side):
+            rows = slice(i, i + side)
+            for j in range(0, i + side, most):
+                columns = slice(j, min(j + most, i + side))
+                of_acts = of_input.get(i)
+                if of_acts is None:
+                    of_acts = torch.bmm(act_BTI[:, rows], act_BTI[:, columns].mT)
+                    if small:
+                        of_input[i] = of_acts
+                of_grads = torch.bmm(grad_BTO[:, rows], grad_BTO[:, columns].mT)
+                diagonal = slice(i - j, None)  # nothing, before the last columns
+                roots = _diagonal_roots(of_acts[:, :, diagonal])
+                size_B += torch.linalg.vecdot(roots, _diagonal_roots(of_grads[:, :, diagonal]))
+                tiles = of_grads.mul_(of_acts)
+                sq_B += 2.0 * tiles.sum((1, 2), dtype=torch.float64)
+                sq_B -= tiles[:, :, diagonal].sum((1, 2), dtype=torch.float64)
         return sq_B, size_B

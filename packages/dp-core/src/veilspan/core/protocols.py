@@ -15,14 +15,17 @@ from torch import Tensor
 
 @runtime_checkable
 class NormKernel(Protocol):
-    """Per-sample arithmetic of one linear map `y = x Wᵀ`, given input A and output gradient G."""
+    """Per-sample arithmetic of a linear map `y = x Wᵀ`, given input A and output gradient G.
 
-    def sq_norm_direct(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
-        """Return ‖GᵀA‖² per sample, `[B]`, without a `[B, O, I]` buffer."""
+    And of what stands between linear maps: a row-wise normalisation.
+    """
+
+    def sq_norm_direct(self, act_BTI: Tensor, grad_BTO: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ‖GᵀA‖² and Σ_t ‖a_t‖‖g_t‖ per sample, `[B]`, without a `[B, O, I]` buffer."""
         ...
 
-    def sq_norm_gram(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
-        """Return ⟨AAᵀ, GGᵀ⟩ per sample, `[B]`, without a `[T, T]` buffer."""
+    def sq_norm_gram(self, act_BTI: Tensor, grad_BTO: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ⟨AAᵀ, GGᵀ⟩ and Σ_t ‖a_t‖‖g_t‖ per sample, `[B]`, without a `[T, T]` buffer."""
         ...
 
     def per_sample_grad(
@@ -32,12 +35,29 @@ class NormKernel(Protocol):
         ...
 
     def weighted_grad(
-        self, act_BTI: Tensor, grad_BTO: Tensor, factor_B: Tensor, *, clip_norm: float
+        self,
+        act_BTI: Tensor,
+        grad_BTO: Tensor,
+        factor_B: Tensor,
+        *,
+        clip_norm: float,
+        size_B: Tensor | None = None,
     ) -> Tensor:
         """Return Σ_b factor_b · G_bᵀA_b, `[O, I]`, accumulated in fp32 or better.
 
         A sample whose factor is zero contributes exactly zero even where its A or G is not finite.
-        `clip_norm` bounds factor_b · ‖G_bᵀA_b‖, which tells how much the terms of a sample cancel.
+        `clip_norm` bounds factor_b · ‖G_bᵀA_b‖; against Σ_t ‖a_t‖‖g_t‖, `size_B` where a norm has
+        found it, that tells how much the terms of a sample cancel.
+        """
+        ...
+
+    def normalisation_backward(
+        self, x_BTD: Tensor, gain_D: Tensor, grad_BTD: Tensor, *, eps: float, centred: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of `y = x̂ · gain`: of x, and of the gain per sample, `[B, D]`.
+
+        x̂ is x / √(mean x² + eps), of x less its mean where `centred`. The first is in the dtype of
+        `x_BTD`; the second, summed over tokens in fp32 or better, is what is clipped and added.
         """
         ...
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from veilspan.kernels.checks import require_linear
+from veilspan.kernels.ops.affine_norm import layer_norm_backward, rms_norm_backward
 from veilspan.kernels.ops.clipped_sum import clipped_sum
 from veilspan.kernels.ops.direct_norm import direct_norm
 from veilspan.kernels.ops.gram_norm import gram_norm
@@ -28,7 +29,7 @@ GRAM_CANCELLATION = 1e-5
 @final
 @dataclass(frozen=True)
 class TritonKernel:
-    """Per-sample arithmetic of a linear map `y = x Wᵀ` in Triton, or PyTorch where Triton is not.
+    """Per-sample arithmetic of linear maps and norms in Triton, or PyTorch where Triton is not.
 
     Shape letters: B samples, T tokens, I and O input and output features.
 
@@ -39,18 +40,20 @@ class TritonKernel:
 
     Examples:
         >>> act_BTI, grad_BTO = torch.ones(1, 2, 3), torch.ones(1, 2, 4)
-        >>> TritonKernel().sq_norm_direct(act_BTI, grad_BTO).round()
+        >>> sq_norm_B, size_B = TritonKernel().sq_norm_direct(act_BTI, grad_BTO)
+        >>> sq_norm_B.round()
         tensor([48.], dtype=torch.float64)
     """
 
-    def sq_norm_direct(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
-        """Return ‖GᵀA‖² per sample, `[B]` fp64, without a `[B, O, I]` buffer."""
+    def sq_norm_direct(self, act_BTI: Tensor, grad_BTO: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ‖GᵀA‖² and Σ_t ‖a_t‖‖g_t‖ per sample, `[B]` fp64, without a `[B, O, I]` buffer."""
         act_BTI = _alike(act_BTI, grad_BTO)
-        guard_B = _rounding(act_BTI) * _magnitudes(act_BTI, grad_BTO)
-        return direct_norm(act_BTI, grad_BTO) + guard_B.square()
+        size_B = _magnitudes(act_BTI, grad_BTO)
+        guard_B = _rounding(act_BTI) * size_B
+        return direct_norm(act_BTI, grad_BTO) + guard_B.square(), size_B
 
-    def sq_norm_gram(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
-        """Return ⟨AAᵀ, GGᵀ⟩ per sample, `[B]` fp64, without a `[T, T]` buffer.
+    def sq_norm_gram(self, act_BTI: Tensor, grad_BTO: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ⟨AAᵀ, GGᵀ⟩ and Σ_t ‖a_t‖‖g_t‖ per sample, `[B]` fp64, without a `[T, T]` buffer.
 
         Source: Goodfellow (2015), https://arxiv.org/abs/1510.01799; Li et al. (2022),
         https://arxiv.org/abs/2110.05679.
@@ -62,7 +65,7 @@ class TritonKernel:
         if bool(hidden_B.any()):
             sq_B = sq_B.clone()
             sq_B[hidden_B] = direct_norm(act_BTI[hidden_B], grad_BTO[hidden_B])
-        return sq_B + (_rounding(act_BTI) * size_B).square()
+        return sq_B + (_rounding(act_BTI) * size_B).square(), size_B
 
     def per_sample_grad(
         self, act_BTI: Tensor, grad_BTO: Tensor, *, out: Tensor | None = None
@@ -71,16 +74,35 @@ class TritonKernel:
         return per_sample_grad(_alike(act_BTI, grad_BTO), grad_BTO, out=out)[0]
 
     def weighted_grad(
-        self, act_BTI: Tensor, grad_BTO: Tensor, factor_B: Tensor, *, clip_norm: float
+        self,
+        act_BTI: Tensor,
+        grad_BTO: Tensor,
+        factor_B: Tensor,
+        *,
+        clip_norm: float,
+        size_B: Tensor | None = None,
     ) -> Tensor:
         """Return Σ_b factor_b · G_bᵀA_b, `[O, I]`, accumulated in fp32 or fp64.
 
         A factor multiplies the fp32 product of its own sample, so rounding of large terms that
-        cancel meets no other sample, whatever `clip_norm` is.
+        cancel meets no other sample, whatever `clip_norm` and `size_B` are.
         """
         if not clip_norm > 0:
             raise ValueError(f"clip_norm is {clip_norm}; it must be above 0.")
         return clipped_sum(_alike(act_BTI, grad_BTO), grad_BTO, factor_B)
+
+    def normalisation_backward(
+        self, x_BTD: Tensor, gain_D: Tensor, grad_BTD: Tensor, *, eps: float, centred: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of `y = x̂ · gain`: of x, and of the gain per sample, `[B, D]`.
+
+        x̂ is x / √(mean x² + eps), of x less its mean where `centred`.
+        """
+        if centred:
+            grad_x_BTD, grad_gain_BD, _, _ = layer_norm_backward(x_BTD, gain_D, grad_BTD, eps=eps)
+        else:
+            grad_x_BTD, grad_gain_BD, _ = rms_norm_backward(x_BTD, gain_D, grad_BTD, eps=eps)
+        return grad_x_BTD, grad_gain_BD
 
 
 def _alike(act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from veilspan.core.contributions import Lookups
 from veilspan.core.errors import UnsupportedModelError
 from veilspan.core.rules.base import Gradients
-from veilspan.core.rules.probe import run
+from veilspan.core.rules.probe import rounding_of, run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,5 @@ def _scale(module: nn.Embedding) -> float | None:
         return None
     output = output.double()
     scale = float((output * rows).sum() / rows.square().sum())
-    eps = max(torch.finfo(torch.float32).eps, torch.finfo(module.weight.dtype).eps)
     error = (output - scale * rows).abs().max()
-    return scale if error <= 64 * eps * output.abs().max() else None
+    return scale if error <= rounding_of(module.weight.dtype) * output.abs().max() else None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from veilspan.core.contributions import OuterProducts, RowSums
 from veilspan.core.protocols import NormKernel
 from veilspan.core.rules.base import Gradients
-from veilspan.core.rules.probe import agrees, own_parameters, probe_input
+from veilspan.core.rules.probe import agrees, own_parameters, probe_input, probed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +49,20 @@ def linear_rule(module: nn.Module, kernel: NormKernel) -> LinearRule | None:
     if type(module).forward is nn.Linear.forward:
         return LinearRule(kernel=kernel)
     own = own_parameters(module)
-    weight, bias = own.get("weight"), own.get("bias")
-    if weight is None or weight.ndim != 2 or not set(own) <= {"weight", "bias"}:
+    if "weight" not in own or own["weight"].ndim != 2 or not set(own) <= {"weight", "bias"}:
         return None
+    form = probed(module)
     for transposed in (False, True):
-        matrix = weight if transposed else weight.mT
-        if bias is not None and bias.shape != matrix.shape[1:]:
-            continue
-        inputs = probe_input(weight, matrix.shape[0])
-        expected = inputs @ matrix if bias is None else inputs @ matrix + bias
-        if agrees(module, inputs, expected):
+        if _is_linear(form, transposed=transposed):
             return LinearRule(kernel=kernel, transposed=transposed)
     return None
+
+
+def _is_linear(module: nn.Module, *, transposed: bool) -> bool:
+    own = own_parameters(module)
+    weight, bias = own["weight"], own.get("bias")
+    matrix = weight if transposed else weight.mT
+    if bias is not None and bias.shape != matrix.shape[1:]:
+        return False
+    inputs = probe_input(weight, matrix.shape[0])
+    return agrees(module, inputs, inputs @ matrix if bias is None else inputs @ matrix + bias)

@@ -201,14 +201,37 @@ def assert_kernel_conforms(kernel: NormKernel, *, dtype: torch.dtype = torch.flo
         factor_B = torch.rand(batch, generator=generator, dtype=torch.float64)
         exact = torch.einsum("bto,bti->boi", grad.double(), act.double())
         sq_B = exact.flatten(1).square().sum(1)
+        size_B = (act.double().norm(dim=2) * grad.double().norm(dim=2)).sum(1)
         for name in ("sq_norm_direct", "sq_norm_gram"):
-            found = getattr(kernel, name)(act, grad).double()
+            found, size = (value.double() for value in getattr(kernel, name)(act, grad))
+            assert ((size - size_B).abs() <= limit * size_B).all(), f"{name} is off: {size}"
             assert ((found - sq_B).abs() <= limit * sq_B).all(), f"{name} is off: {found} {sq_B}"
             assert (found >= sq_B * (1 - 2.0**-18)).all(), f"{name} is below the true norm"
         summed = torch.einsum("b,boi->oi", factor_B, exact)
         norm = float((factor_B * sq_B.sqrt()).max()) if batch else 1.0
-        found = kernel.weighted_grad(act, grad, factor_B, clip_norm=norm).double()
-        assert (found - summed).norm() <= limit * summed.norm(), "weighted_grad is off"
+        for size in (None, size_B):
+            found = kernel.weighted_grad(act, grad, factor_B, clip_norm=norm, size_B=size).double()
+            assert (found - summed).norm() <= limit * summed.norm(), "weighted_grad is off"
         found = kernel.per_sample_grad(act, grad).double()
         grain = limit if dtype in (torch.float64, torch.float32) else 1e-2
         assert (found - exact).norm() <= grain * exact.norm(), "per_sample_grad is off"
+        gain = torch.randn(inputs, generator=generator).to(dtype)
+        upper = torch.randn((batch, length, inputs), generator=generator).to(dtype)
+        for centred in (False, True):
+            _assert_normalisation(kernel, act, gain, upper, centred, grain)
+
+
+def _assert_normalisation(
+    kernel: NormKernel, x: Tensor, gain: Tensor, grad: Tensor, centred: bool, limit: float
+) -> None:
+    """Compare with autograd in fp64, one gain for each sample."""
+    leaf = x.double().requires_grad_()
+    gain_BD = gain.double().expand(len(x), -1).clone().requires_grad_()
+    rows = leaf - leaf.mean(-1, keepdim=True) if centred else leaf
+    unit = rows * (rows.square().mean(-1, keepdim=True) + 0.1).rsqrt()
+    exact = torch.autograd.grad(unit * gain_BD[:, None], (leaf, gain_BD), grad.double())
+    found = kernel.normalisation_backward(x, gain, grad, eps=0.1, centred=centred)
+    assert found[0].dtype == x.dtype, f"normalisation_backward returned {found[0].dtype}"
+    for mine, true in zip(found, exact, strict=True):
+        off = (mine.double() - true).norm()
+        assert off <= limit * max(1.0, float(true.norm())), f"normalisation_backward is off: {off}"
