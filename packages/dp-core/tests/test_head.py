@@ -276,6 +276,36 @@ def test_nothing_of_the_size_of_the_logits_is_ever_allocated(backward, make_mode
     assert seen.elements <= kept
 
 
+@pytest.mark.parametrize(
+    ("backward", "sweeps"),
+    [
+        ("single_sample", 1),
+        ("per_sample", 1),
+        ("per_layer", 1),
+        ("bookkeeping", 2),  # once for the norm, once for the sum
+        ("two_pass", 2),
+    ],
+)
+def test_backward_passes_compute_the_logits_no_more_often_than_they_must(
+    backward, sweeps, make_model, make_batch, monkeypatch
+):
+    """The gradient of the hidden states comes out of the sweep that something else needs."""
+    model, batch = make_model("llama", num_hidden_layers=1), make_batch(2, 4)  # one chunk
+    batch = {name: value[:1] for name, value in batch.items()}
+    calls, linear = [], torch.nn.functional.linear
+
+    def counted(inputs, weight, bias=None):
+        calls.append(weight)
+        return linear(inputs, weight, bias)
+
+    monkeypatch.setattr("veilspan.core.rules.head.F.linear", counted)
+    clipping = (PerLayer if backward == "per_layer" else Flat)(clip_norm=0.5)
+    clipped_sum(model, fused, batch, clipping=clipping, size=1, backward=backward)
+    rows = model.get_output_embeddings().weight.data_ptr()
+    of_head = [weight for weight in calls if weight.data_ptr() == rows and len(weight) > 1]
+    assert len(of_head) == 1 + sweeps  # and once forward
+
+
 def test_nothing_of_the_size_of_the_logits_is_kept_for_the_backward():
     hidden, head, labels = example(2, 16)
     kept = []

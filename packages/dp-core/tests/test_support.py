@@ -48,14 +48,21 @@ def test_a_sound_model_passes_with_a_path_for_every_parameter(backward):
 
 
 class CentreOverBatch(nn.Module):
+    def __init__(self, share):
+        super().__init__()
+        self.share = share
+
     def forward(self, x):
-        return x - x.mean(0, keepdim=True)
+        return x - self.share * x.mean(0, keepdim=True)
 
 
-def test_pitfall_37_batch_statistics_before_the_first_trained_layer_are_found():
-    model = nn.Sequential(CentreOverBatch(), nn.Linear(4, 4))
+@pytest.mark.parametrize("share", [1.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pitfall_37_batch_statistics_before_the_first_trained_layer_are_found(share, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(CentreOverBatch(share), nn.Linear(4, 4)).to(dtype)
     with pytest.raises(PrivacyError, match="the records of a micro-batch couple"):
-        preflight(attach(model), losses, batch_of())
+        preflight(attach(model), losses, {"x": batch_of()["x"].to(dtype)})
 
 
 def test_pitfall_38_an_auxiliary_loss_over_the_batch_is_found():
@@ -71,7 +78,11 @@ def test_pitfall_38_an_auxiliary_loss_over_the_batch_is_found():
 
 def test_pitfall_40_dropout_alone_does_not_look_like_coupling():
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4))
-    assert preflight(attach(model), losses, batch_of()).records_probed == 2
+    for dtype in (torch.float32, torch.bfloat16):
+        batch = {"x": batch_of()["x"].to(dtype)}
+        step = attach(model.to(dtype))
+        assert preflight(step, losses, batch).records_probed == 2
+        step.detach()
 
 
 def test_a_batch_mean_and_a_scalar_are_refused():

@@ -235,7 +235,9 @@ class FactorSite(Site):
             self.module, inputs, grad_output, needs_input=needs_grad
         )
         running.receive(FactorUse(self, found, grad_output))
-        return grad_input if needs_grad else None
+        if not needs_grad:
+            return None
+        return grad_input() if callable(grad_input) else grad_input
 
     def _samples_first(self, inputs: Tensor, size: int) -> Tensor:
         if inputs.ndim >= 2:

@@ -148,6 +148,7 @@ class SumPass:
 class BookPass:
     """Keeps both factors of a group's layers until the last of them has its gradient, then clips.
 
+    Norms are taken at once, while the factors are in the cache.
     The book of a group closes inside the backward pass, as soon as every use that the forward pass
     counted has come back, so a group's tensors are gone before the next group's are needed.
 
@@ -173,6 +174,7 @@ class BookPass:
         self._slack, self._formed = slack, formed
         self._shared = Samples(work, batch.size)
         self._open: dict[int, dict[str, list[Contribution]]] = {}
+        self._estimates: dict[int, Estimates] = {}
         self._closed: set[int] = set()
         self._awaited: Counter[int] = Counter()
         for name, count in batch.uses.items():
@@ -201,21 +203,25 @@ class BookPass:
                 self._close(group)
 
     def _enter(self, group: int, entries: list[tuple[str, Contribution]]) -> None:
-        book = self._open.setdefault(group, {})
+        book, estimates = self._open.setdefault(group, {}), self._estimates_of(group)
         for name, part in entries:
-            if self._batch.uses[name] > 1 and not self._work.measure.adds_uses(name):
-                self._shared.add(name, part)
-            else:
+            alone = self._batch.uses[name] == 1
+            if alone or self._work.measure.adds_uses(name):
+                (estimates.add if alone else estimates.add_use)(name, part)
                 book.setdefault(name, []).append(part)
+            else:
+                self._shared.add(name, part)
+
+    def _estimates_of(self, group: int) -> Estimates:
+        if group not in self._estimates:
+            self._estimates[group] = Estimates(self._work, self._batch, group)
+        return self._estimates[group]
 
     def _close(self, group: int) -> None:
         book = self._open.pop(group, {})
         shared = [n for n in self._shared.names() if self._work.groups.index[n] == group]
-        estimates = Estimates(self._work, self._batch, group)
-        for name, parts in book.items():
-            for part in parts:
-                add = estimates.add if self._batch.uses[name] == 1 else estimates.add_use
-                add(name, part)
+        estimates = self._estimates_of(group)
+        del self._estimates[group]
         for name in shared:
             estimates.add_formed(self._shared.sq_norms(name))
         factor_B = self._work.factors(group, estimates.sq_norms(), slack=self._slack)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from veilspan.core.contributions import Contribution
 
-Gradients = tuple[Tensor | None, Mapping[str, Contribution]]
+InputGradient = Tensor | Callable[[], Tensor] | None
+"""Gradient of the input; a function where forming a contribution yields it on the way.
+
+The function is called once the pass that is running has taken what it wants of the contributions.
+"""
+
+Gradients = tuple[InputGradient, Mapping[str, Contribution]]
 """Gradient of the input, and by parameter name what one use adds to each sample's gradient."""
 
 

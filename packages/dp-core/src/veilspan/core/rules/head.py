@@ -78,30 +78,23 @@ class HeadRule:
     ) -> Gradients:
         """Return the gradient of the hidden states; weight and bias, each formed when asked for.
 
-        Whatever is formed computes the logits of a sample again.
+        Whatever is formed computes the logits of a sample again; the first of a sample writes its
+        gradient of the hidden states as well.
         """
-        work, size = self._chunks_of(module, inputs, grad_output), len(inputs)
-        grad_BTD = None
-        if needs_input:
-            grad_BTD = torch.empty_like(inputs)
-            for b in range(size):
-                work.accumulate(b, hidden_TD=grad_BTD[b])
-        return grad_BTD, {
-            "weight": Recomputed(
-                size=size, form=work.weight_grad, projected=work.weight_projection
-            ),
-            "bias": Recomputed(size=size, form=work.bias_grad),
-        }
-
-    def _chunks_of(self, module: nn.Module, inputs: Tensor, grad_output: Tensor) -> _Chunks:
         assert isinstance(module, nn.Linear)
-        return _Chunks(
+        work = _Chunks(
             rule=self,
             hidden_BTD=inputs.detach(),
             weight_VD=module.weight.detach(),
             bias_V=None if module.bias is None else module.bias.detach(),
             grad_BT=grad_output.detach(),
         )
+        sweeps = _Sweeps(work=work, hidden_BTD=torch.empty_like(inputs) if needs_input else None)
+        size, form = len(inputs), sweeps.weight_grad
+        return sweeps.hidden_grad if needs_input else None, {
+            "weight": Recomputed(size=size, form=form, projected=sweeps.weight_projection),
+            "bias": Recomputed(size=size, form=sweeps.bias_grad),
+        }
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -190,38 +183,25 @@ class _Chunks:
         bias_V: Tensor | None = None,
     ) -> None:
         """Write the gradient of the hidden states of sample `b`; add those of weight and bias."""
-        weight = self.weight_VD.to(self.hidden_BTD.dtype)
-        for rows, act_tD, grad_tV in self._logit_grads(b):
-            if hidden_TD is not None:
-                torch.mm(grad_tV, weight, out=hidden_TD[rows])
+        for act_tD, grad_tV in self._logit_grads(b, hidden_TD):
             if weight_VD is not None:
                 weight_VD.addmm_(grad_tV.mT.to(weight_VD.dtype), act_tD.to(weight_VD.dtype))
             if bias_V is not None:
                 bias_V.add_(grad_tV.sum(0, dtype=bias_V.dtype))
 
-    def weight_grad(self, b: int) -> Tensor:
-        """Return the weight gradient of sample `b`, `[V, D]` fp32 or fp64."""
-        total = _wide_zeros_like(self.weight_VD)
-        self.accumulate(b, weight_VD=total)
-        return total
+    def projection(self, b: int, probes_Dk: Tensor, hidden_TD: Tensor | None) -> Projection:
+        """Return the weight gradient of sample `b` times probes; write that of the hidden states.
 
-    def weight_projection(self, b: int, probes_Dk: Tensor) -> Projection:
-        """Return the weight gradient of sample `b` times probes, without forming it."""
+        The gradient of the weight is not formed.
+        """
         values_Vk = probes_Dk.new_zeros((len(self.weight_VD), probes_Dk.shape[1]))
         size = probes_Dk.new_zeros((), dtype=torch.float64)
-        for _, act_tD, grad_tV in self._logit_grads(b):
+        for act_tD, grad_tV in self._logit_grads(b, hidden_TD):
             act_tD, grad_tV = act_tD.to(values_Vk.dtype), grad_tV.to(values_Vk.dtype)
             values_Vk.addmm_(grad_tV.mT, act_tD @ probes_Dk)
             size += magnitudes(act_tD[None], grad_tV[None])[0]
         terms = self.hidden_BTD.shape[1] + len(probes_Dk)
         return Projection(values_BRk=values_Vk[None], size_B=size[None], terms=terms)
-
-    def bias_grad(self, b: int) -> Tensor:
-        """Return the bias gradient of sample `b`, `[V]` fp32 or fp64."""
-        assert self.bias_V is not None
-        total = _wide_zeros_like(self.bias_V)
-        self.accumulate(b, bias_V=total)
-        return total
 
     def _logits(self, b: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield the positions, the input and the logits, fp32 or fp64, of each chunk."""
@@ -236,9 +216,15 @@ class _Chunks:
             values = F.linear(act_tD, weight, bias).to(compute_dtype(dtype))
             yield rows, act_tD, rule.logit_map.apply_(values)
 
-    def _logit_grads(self, b: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield the positions, the input and the gradient of the head's output of each chunk."""
+    def _logit_grads(
+        self, b: int, hidden_TD: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the input and the gradient of the head's output of each chunk.
+
+        The gradient of the hidden states is written on the way, where there is room for it.
+        """
         assert self.grad_BT is not None
+        matrix = self.weight_VD.to(self.hidden_BTD.dtype)
         rule = self.rule
         highest_T, sums_T = rule.stats_2BT[:, b]
         for rows, act_tD, logits in self._logits(b):
@@ -247,7 +233,60 @@ class _Chunks:
             grad = logits.sub_(highest_T[rows, None]).exp_().mul_(weight / sums_T[rows, None])
             grad.scatter_add_(1, rule.targets_BT[b, rows, None], -weight)
             grad.mul_(slope).masked_fill_(~rule.counted_BT[b, rows, None], 0.0)
-            yield rows, act_tD, grad.to(act_tD.dtype)
+            grad_tV = grad.to(act_tD.dtype)
+            if hidden_TD is not None:
+                torch.mm(grad_tV, matrix, out=hidden_TD[rows])
+            yield act_tD, grad_tV
+
+
+@dataclass(kw_only=True)
+class _Sweeps:
+    """Gradients that are formed when asked for; a sample's first gives its hidden states theirs.
+
+    Args:
+        work: The arithmetic.
+        hidden_BTD: Room for the gradient of the hidden states, until it is given out; None where
+            nobody wants it.
+    """
+
+    work: _Chunks
+    hidden_BTD: Tensor | None
+    _written: set[int] = field(default_factory=set, init=False)
+
+    def weight_grad(self, b: int) -> Tensor:
+        """Return the weight gradient of sample `b`, `[V, D]` fp32 or fp64."""
+        total = _wide_zeros_like(self.work.weight_VD)
+        self.work.accumulate(b, hidden_TD=self._room(b), weight_VD=total)
+        return total
+
+    def weight_projection(self, b: int, probes_Dk: Tensor) -> Projection:
+        """Return the weight gradient of sample `b` times probes, without forming it."""
+        return self.work.projection(b, probes_Dk, self._room(b))
+
+    def bias_grad(self, b: int) -> Tensor:
+        """Return the bias gradient of sample `b`, `[V]` fp32 or fp64."""
+        assert self.work.bias_V is not None
+        total = _wide_zeros_like(self.work.bias_V)
+        self.work.accumulate(b, hidden_TD=self._room(b), bias_V=total)
+        return total
+
+    def hidden_grad(self) -> Tensor:
+        """Return the gradient of the hidden states, `[B, T, D]`; ask once."""
+        hidden_BTD = self.hidden_BTD
+        assert hidden_BTD is not None
+        for b in range(len(hidden_BTD)):
+            room = self._room(b)
+            if room is not None:
+                self.work.accumulate(b, hidden_TD=room)
+        self.hidden_BTD = None  # whoever still forms gradients does not hold it
+        return hidden_BTD
+
+    def _room(self, b: int) -> Tensor | None:
+        """Return where to write the hidden states' gradient of sample `b`, the first time."""
+        if self.hidden_BTD is None or b in self._written:
+            return None
+        self._written.add(b)
+        return self.hidden_BTD[b]
 
 
 def _wide_zeros_like(tensor: Tensor) -> Tensor:
