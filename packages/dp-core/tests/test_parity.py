@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -225,3 +226,18 @@ def test_pitfall_16_any_division_into_micro_batches_gives_the_same_sum(
     assert len(releases) == 1
     got = {n: p.grad for n, p in model.named_parameters()}
     assert_close(got, expected.clipped_sum, 1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_a_bf16_model_are_those_of_its_weights_in_fp32(
+    family, make_model, make_batch, compute_losses
+):
+    """What a module computes is found out by experiment, which bf16 must not blur."""
+    model, batch = make_model(family, dtype=torch.bfloat16), make_batch(2, 12)
+    exact = copy.deepcopy(model).float()
+    compute_losses(exact, batch).sum().backward()
+    found = summed(model, compute_losses, batch, ("per_sample", "auto"), size=2, clip_norm=1e6)
+    largest = max(float(p.grad.norm()) for p in exact.parameters())
+    for name, parameter in exact.named_parameters():
+        off = float((found[name].float() - parameter.grad).norm())
+        assert off <= 0.1 * float(parameter.grad.norm()) + 0.005 * largest, name

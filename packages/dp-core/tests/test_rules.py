@@ -99,6 +99,8 @@ def test_rules_are_exact_on_inputs_of_two_to_four_dimensions(module, name, shape
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_norm_that_is_standard_is_known_by_its_numbers(module, standard, dtype):
+    if dtype == torch.float64 and isinstance(module, (LlamaRMSNorm, GemmaRMSNorm)):
+        standard = None  # they compute in fp32, so their gradient is not that of the formula
     rule = rule_of(copy.deepcopy(module).to(dtype))
     assert isinstance(rule, NormRule)
     assert rule.standard == standard
@@ -136,7 +138,7 @@ def test_a_standard_norm_has_the_gradients_of_autograd(make, dtype):
     rule = rule_of(module)
     assert isinstance(rule, NormRule)
     found, parts = rule.backward(module, x.to(dtype), grad.to(dtype), needs_input=True)
-    assert found is not None
+    assert isinstance(found, torch.Tensor)
     limit = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     assert found.dtype == dtype  # Hugging Face's norms compute in fp32, fp64 input or not
     torch.testing.assert_close(found.double(), leaf.grad, rtol=limit, atol=limit)

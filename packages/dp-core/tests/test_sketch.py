@@ -201,7 +201,7 @@ def contributions(b=3, t=7, i=6, o=5):
     kernel = BlockedKernel()
     yield OuterProducts(act_BTI=act, grad_BTO=grad, kernel=kernel), grad.mT @ act
     table = nn.functional.one_hot(ids, o).double().mT @ act
-    yield Lookups(ids_BT=ids, grad_BTD=act, rows=o), table
+    yield Lookups(ids_BT=ids, grad_BTD=act, rows=o, kernel=kernel), table
     yield RowSums(rows_BTn=rows), rows.sum(1)[:, :, None]
     yield Formed(gradients=formed), torch.stack(formed)
     yield Recomputed(size=b, form=lambda k: formed[k]), torch.stack(formed)

@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from veilspan.core.norms import compute_dtype, magnitudes, rounding_guard, sq_norm, sq_norms
+from veilspan.core.norms import compute_dtype, distinct_sums, magnitudes, sq_norm, sq_norms
 from veilspan.core.projection import ProbeRows, Projection, rows_at_once
 from veilspan.core.protocols import NormKernel
 from veilspan.core.sums import ClippedSum
@@ -257,6 +257,7 @@ class Lookups:
     ids_BT: Tensor
     grad_BTD: Tensor
     rows: int
+    kernel: NormKernel
     factored: ClassVar[bool] = False
 
     def per_sample(self, out: Tensor | None = None) -> Tensor:
@@ -273,20 +274,12 @@ class Lookups:
 
     def sample(self, b: int) -> Rows:
         """Return the sums over the distinct tokens of one sample; no `[V, D]` buffer."""
-        grad_TD = self.grad_BTD[b].to(compute_dtype(self.grad_BTD.dtype))
-        distinct, place_T = torch.unique(self.ids_BT[b], return_inverse=True)
-        sums = grad_TD.new_zeros((len(distinct), grad_TD.shape[1]))
-        return Rows(rows_R=distinct, gradient_RD=sums.index_add_(0, place_T, grad_TD))
+        distinct_R, sums_RD = distinct_sums(self.ids_BT[b], self.grad_BTD[b])
+        return Rows(rows_R=distinct_R, gradient_RD=sums_RD)
 
     def sq_norms(self, choose: NormChoice) -> Tensor:
         """Return the squared norm over the distinct tokens of each sample."""
-        dtype = compute_dtype(self.grad_BTD.dtype)
-        guard = rounding_guard(self.ids_BT.shape[1], dtype)
-        sq = []
-        for b, grad_TD in enumerate(self.grad_BTD):
-            size = torch.linalg.vector_norm(grad_TD, dim=1, dtype=dtype).double().sum()
-            sq.append(self.sample(b).sq_norm() + (guard * size).square())
-        return torch.stack(sq)
+        return self.kernel.sq_norm_lookups(self.ids_BT, self.grad_BTD)
 
     @property
     def size(self) -> int:
@@ -309,7 +302,10 @@ class Lookups:
 
     def add_to(self, sums: ClippedSum, name: str, factor_B: Tensor) -> None:
         """Add Σ_b factor_b · table_b."""
-        add_each(self, sums, name, factor_B)
+        if sums.sample_by_sample:
+            add_each(self, sums, name, factor_B)
+        else:
+            sums.add_lookups_(name, self.ids_BT, self.grad_BTD, factor_B)
 
 
 def add_each(part: Contribution, sums: ClippedSum, name: str, factor_B: Tensor) -> None:

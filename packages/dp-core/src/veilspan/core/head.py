@@ -269,7 +269,7 @@ def _map_between(probe_2V: Tensor, logits: Tensor, caps: list[float]) -> LogitMa
     for cap in (None, *caps):
         small = found[0] if cap is None else cap * torch.atanh(found[0] / cap)
         scale = float((small * given[0]).sum() / given[0].square().sum())
-        if abs(scale - 1.0) < 8 * grain:
+        if abs(scale - 1.0) < min(8 * grain, 0.01):
             scale = 1.0
         candidate = LogitMap(scale=scale, cap=cap)
         error = (candidate.apply_(given.clone()) - found).abs().amax(1)

@@ -70,6 +70,14 @@ def _diagonal_roots(gram_Btt: Tensor) -> Tensor:
     return gram_Btt.diagonal(dim1=1, dim2=2).double().sqrt()
 
 
+def distinct_sums(ids_T: Tensor, grad_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the distinct ids, `[R]`, and the sums of their gradients, `[R, D]` fp32 or fp64."""
+    distinct, place_T = torch.unique(ids_T, return_inverse=True)
+    wide_TD = grad_TD.to(compute_dtype(grad_TD.dtype))
+    sums_RD = wide_TD.new_zeros((len(distinct), grad_TD.shape[1]))
+    return distinct, sums_RD.index_add_(0, place_T, wide_TD)
+
+
 def magnitudes(act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
     """Return Σ_t ‖a_t‖‖g_t‖ per sample, `[B]` fp64: what the norm would be without cancellation."""
     sizes_B = act_BTI.new_zeros(len(act_BTI), dtype=torch.float64)
@@ -215,6 +223,37 @@ class BlockedKernel:
         grad_x.addcmul_(unit, through_BT1).mul_(scale_BT1)
         return grad_x.to(x_BTD.dtype), product.sum(1)
 
+    def sq_norm_lookups(self, ids_BT: Tensor, grad_BTD: Tensor) -> Tensor:
+        """Return the squared norm over the distinct ids of each sample, `[B]` fp64."""
+        guard = rounding_guard(ids_BT.shape[1], grad_BTD.dtype)
+        sq_B = grad_BTD.new_zeros(len(ids_BT), dtype=torch.float64)
+        for b, (ids_T, grad_TD) in enumerate(zip(ids_BT, grad_BTD, strict=True)):
+            size = _row_norms(grad_TD).sum()
+            sq_B[b] = sq_norm(distinct_sums(ids_T, grad_TD)[1]) + (guard * size).square()
+        return sq_B
+
+    def add_lookups_(
+        self, total_VD: Tensor, ids_BT: Tensor, grad_BTD: Tensor, factor_B: Tensor
+    ) -> None:
+        """Add Σ_b factor_b · g_bt to row id_bt of the total, a sample at a time."""
+        for b, factor in enumerate(factor_B.tolist()):
+            if factor != 0.0:
+                rows, sums_RD = distinct_sums(ids_BT[b], grad_BTD[b])
+                total_VD.index_add_(0, rows, sums_RD.to(total_VD.dtype), alpha=factor)
+
+    def add_weighted_(self, total: Tensor, grad_Bx: Tensor, factor_B: Tensor) -> None:
+        """Add Σ_b factor_b · grad_b to the total, on a CPU in one sweep over it."""
+        if grad_Bx.dtype != total.dtype or grad_Bx.device.type != "cpu":  # TF32 might round there
+            for gradient, factor in zip(grad_Bx.unbind(0), factor_B.tolist(), strict=True):
+                if factor != 0.0:
+                    total.add_(gradient, alpha=factor)
+            return
+        kept_B = factor_B != 0.0
+        if not bool(kept_B.all()):
+            grad_Bx, factor_B = grad_Bx[kept_B], factor_B[kept_B]
+        flat_Bn = grad_Bx.reshape(len(grad_Bx), total.numel())
+        total.view(-1).addmv_(flat_Bn.mT, factor_B.to(total.dtype))
+
     def _direct(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
         dtype = compute_dtype(grad_BTO.dtype)
         batch, _, width = act_BTI.shape
@@ -234,10 +273,10 @@ class BlockedKernel:
         batch, length = act_BTI.shape[:2]
         # A GPU would rather start fewer products than skip some of their work.
         best = gram_tile(length) if act_BTI.device.type == "cpu" else _LARGE_TILE
-        side = max(1, min(best, math.isqrt(self.block_elements // max(1, batch))))
-        most = max(side, self.block_elements // (max(1, batch) * side) // side * side)
-        small = batch * length * length <= self.block_elements
-        of_input = self._shared.of(act_BTI) if small else {}
+        room = min(self.block_elements // max(1, batch), _LARGE_TILE**2)  # of each sample
+        side = max(1, min(best, math.isqrt(room)))
+        most = max(1, room // side**2) * side
+        of_input = self._shared.of(act_BTI) if length <= most else {}
         act_BTI, grad_BTO = act_BTI.to(dtype), grad_BTO.to(dtype)
         sq_B, size_B = grad_BTO.new_zeros((2, batch), dtype=torch.float64)
         for i in range(0, length, side):
@@ -247,7 +286,7 @@ class BlockedKernel:
                 of_acts = of_input.get(i)
                 if of_acts is None:
                     of_acts = torch.bmm(act_BTI[:, rows], act_BTI[:, columns].mT)
-                    if small:
+                    if length <= most:
                         of_input[i] = of_acts
                 of_grads = torch.bmm(grad_BTO[:, rows], grad_BTO[:, columns].mT)
                 diagonal = slice(i - j, None)  # nothing, before the last columns

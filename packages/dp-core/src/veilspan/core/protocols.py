@@ -17,7 +17,7 @@ from torch import Tensor
 class NormKernel(Protocol):
     """Per-sample arithmetic of a linear map `y = x Wᵀ`, given input A and output gradient G.
 
-    And of what stands between linear maps: a row-wise normalisation.
+    And of a row-wise normalisation, of rows looked up in a table, and of gradients that are formed.
     """
 
     def sq_norm_direct(self, act_BTI: Tensor, grad_BTO: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,6 +58,26 @@ class NormKernel(Protocol):
 
         x̂ is x / √(mean x² + eps), of x less its mean where `centred`. The first is in the dtype of
         `x_BTD`; the second, summed over tokens in fp32 or better, is what is clipped and added.
+        """
+        ...
+
+    def sq_norm_lookups(self, ids_BT: Tensor, grad_BTD: Tensor) -> Tensor:
+        """Return Σ_v ‖Σ_{t: id_t = v} g_t‖² per sample, `[B]`: the norm of a table's gradient."""
+        ...
+
+    def add_lookups_(
+        self, total_VD: Tensor, ids_BT: Tensor, grad_BTD: Tensor, factor_B: Tensor
+    ) -> None:
+        """Add Σ_b factor_b · g_bt to row id_bt of the total, fp32 or fp64, in place.
+
+        What one sample adds to a row is summed first. A zero factor drops its sample.
+        """
+        ...
+
+    def add_weighted_(self, total: Tensor, grad_Bx: Tensor, factor_B: Tensor) -> None:
+        """Add Σ_b factor_b · grad_b to the total, fp32 or fp64, in place.
+
+        A zero factor drops its sample, finite or not.
         """
         ...
 

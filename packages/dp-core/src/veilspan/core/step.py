@@ -52,7 +52,7 @@ class PrivateStep:
         accumulate: `fp32`, or `exact` for sums of integers: bitwise the same in every order.
         memory_budget: Bytes that `auto` may use beyond an ordinary backward pass; half of what is
             free now unless given.
-        kernel: Per-sample arithmetic of linear maps.
+        kernel: Per-sample arithmetic.
         noise: Noise source; a cryptographic stream with a fresh secret key unless given.
         shards: Who holds the rest of each sample and parameter; by default everything is here.
         reduction: Sum over replicas, once per logical batch.
@@ -108,14 +108,14 @@ class PrivateStep:
         self.expected_batch_size = float(expected_batch_size)
         self.next_step = first_step
         self._model = model
-        self._shards = shards or LocalShards()
+        self._shards, kernel = shards or LocalShards(), kernel or BlockedKernel()
         self._reduction = reduction or NoReduction()
         self._on_release = on_release
         owned = trainable_parameters(model)
         refuse_mixed_gradients(model, owned, self._shards, reduction)
         whole = self._shards.degree == 1 or isinstance(norms, Sketch)
         may_tap = backward != "single_sample" and whole
-        modules = list(owned_modules(model, (kernel or BlockedKernel()) if may_tap else None))
+        modules = list(owned_modules(model, kernel if may_tap else None))
         groups = clipping.resolve({name: p.numel() for name, p in owned.items()})
         self._mechanism = GaussianMechanism(
             noise or GaussianNoise(new_key()),
@@ -130,7 +130,7 @@ class PrivateStep:
             accumulate, clip_norm=clipping.clip_norm, expected_batch_size=expected_batch_size
         )
         in_parts = self._plan.adds_in_parts
-        sums = ClippedSum(owned, self._shards, accumulator, in_parts=in_parts)
+        sums = ClippedSum(owned, self._shards, accumulator, kernel, in_parts=in_parts)
         self._attachment = Attachment(
             model,
             owned,

@@ -15,7 +15,12 @@ from typing import Protocol, final
 import torch
 from torch import Tensor, nn
 
-from veilspan.core.protocols import GradientReduction, SequenceShards, SplitModel
+from veilspan.core.protocols import (
+    GradientReduction,
+    NormKernel,
+    SequenceShards,
+    SplitModel,
+)
 
 
 class Accumulator(Protocol):
@@ -102,6 +107,7 @@ class ClippedSum:
         parameters: Trainable parameters by name.
         shards: Which part of each parameter this rank owns.
         accumulator: How contributions are added.
+        kernel: Adds what all samples contribute at once.
         in_parts: Whether the ranks of `shards` add up each parameter's sum in every micro-batch.
 
     Raises:
@@ -113,12 +119,13 @@ class ClippedSum:
         parameters: Mapping[str, nn.Parameter],
         shards: SequenceShards,
         accumulator: Accumulator,
+        kernel: NormKernel,
         *,
         in_parts: bool,
     ) -> None:
         self._parameters = parameters
         self._shards = shards
-        self._accumulator = accumulator
+        self._accumulator, self._kernel = accumulator, kernel
         self._sums: dict[str, Tensor] = {}
         self._clip_norms: dict[str, float] = {}
         # The ranks that add up sums in parts, if any; sums of the parts owned here, parts that are
@@ -165,18 +172,17 @@ class ClippedSum:
 
     def add_samples_(self, name: str, grad_Bx: Tensor, factor_B: Tensor) -> None:
         """Add Σ_b factor_b · grad_b; a zero factor drops its sample, finite or not."""
-        total = self._total(name, grad_Bx.shape[1:], grad_Bx)
-        alike = grad_Bx.dtype == total.dtype and grad_Bx.device.type == "cpu"
-        if self.sample_by_sample or not alike:
+        if self.sample_by_sample:
             for gradient, factor in zip(grad_Bx.unbind(0), factor_B.tolist(), strict=True):
                 self.add_(name, gradient, factor)
-            return
-        # One sweep over the sum instead of one per sample. On a GPU, TF32 might round the products.
-        kept_B = factor_B != 0.0
-        if not bool(kept_B.all()):
-            grad_Bx, factor_B = grad_Bx[kept_B], factor_B[kept_B]
-        flat_Bn = grad_Bx.reshape(len(grad_Bx), total.numel())
-        total.view(-1).addmv_(flat_Bn.mT, factor_B.to(total.dtype))
+        else:
+            total = self._total(name, grad_Bx.shape[1:], grad_Bx)
+            self._kernel.add_weighted_(total, grad_Bx, factor_B)
+
+    def add_lookups_(self, name: str, ids_BT: Tensor, grad_BTD: Tensor, factor_B: Tensor) -> None:
+        """Add Σ_b factor_b · g_bt to rows id_bt of a parameter, in floating point."""
+        total = self._total(name, self._parameters[name].shape, grad_BTD)
+        self._kernel.add_lookups_(total, ids_BT, grad_BTD, factor_B)
 
     def settle(self, name: str) -> None:
         """Give each rank its part of what this micro-batch added to a parameter.

@@ -17,8 +17,11 @@ from veilspan.kernels.checks import require_linear
 from veilspan.kernels.ops.affine_norm import layer_norm_backward, rms_norm_backward
 from veilspan.kernels.ops.clipped_sum import clipped_sum
 from veilspan.kernels.ops.direct_norm import direct_norm
+from veilspan.kernels.ops.embedding_norm import embedding_norm
+from veilspan.kernels.ops.embedding_sum import embedding_sum_
 from veilspan.kernels.ops.gram_norm import gram_norm
 from veilspan.kernels.ops.per_sample_grad import per_sample_grad
+from veilspan.kernels.ops.weighted_sum import weighted_sum
 
 __all__ = ["GRAM_CANCELLATION", "TritonKernel"]
 
@@ -29,7 +32,7 @@ GRAM_CANCELLATION = 1e-5
 @final
 @dataclass(frozen=True)
 class TritonKernel:
-    """Per-sample arithmetic of linear maps and norms in Triton, or PyTorch where Triton is not.
+    """Per-sample arithmetic of a private step in Triton, or PyTorch where Triton is not.
 
     Shape letters: B samples, T tokens, I and O input and output features.
 
@@ -103,6 +106,23 @@ class TritonKernel:
         else:
             grad_x_BTD, grad_gain_BD, _ = rms_norm_backward(x_BTD, gain_D, grad_BTD, eps=eps)
         return grad_x_BTD, grad_gain_BD
+
+    def sq_norm_lookups(self, ids_BT: Tensor, grad_BTD: Tensor) -> Tensor:
+        """Return the squared norm of each sample's gradient of a table, `[B]` fp64."""
+        return embedding_norm(ids_BT, grad_BTD)
+
+    def add_lookups_(
+        self, total_VD: Tensor, ids_BT: Tensor, grad_BTD: Tensor, factor_B: Tensor
+    ) -> None:
+        """Add Σ_b factor_b · g_bt to row id_bt of the total, fp32 or fp64, in place."""
+        embedding_sum_(total_VD, ids_BT, grad_BTD, factor_B)
+
+    def add_weighted_(self, total: Tensor, grad_Bx: Tensor, factor_B: Tensor) -> None:
+        """Add Σ_b factor_b · grad_b to the total, fp32 or fp64, in place."""
+        rows = total.shape[0] if total.ndim > 1 else 1
+        columns = total.numel() // rows
+        flat_Brc = grad_Bx.reshape(len(grad_Bx), rows, columns)
+        weighted_sum(flat_Brc, factor_B, total=total.view(rows, columns))
 
 
 def _alike(act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:

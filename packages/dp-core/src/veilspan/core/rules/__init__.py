@@ -92,4 +92,5 @@ def find_rule(name: str, module: nn.Module, kernel: NormKernel) -> Rule | Record
 
 def affine_rule(name: str, module: nn.Module, kernel: NormKernel) -> Rule | None:
     """Return the rule of an embedding, a linear map or an elementwise-affine norm, else None."""
-    return embedding_rule(module, name) or linear_rule(module, kernel) or norm_rule(module, kernel)
+    table = embedding_rule(module, name, kernel)
+    return table or linear_rule(module, kernel) or norm_rule(module, kernel)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from veilspan.core.contributions import Lookups
 from veilspan.core.errors import UnsupportedModelError
+from veilspan.core.protocols import NormKernel
 from veilspan.core.rules.base import Gradients
 from veilspan.core.rules.probe import rounding_of, run
 
@@ -17,6 +18,7 @@ from veilspan.core.rules.probe import rounding_of, run
 class EmbeddingRule:
     """Rule of a module that computes `scale · W[ids]`."""
 
+    kernel: NormKernel
     scale: float = 1.0
     name: str = "embedding"
 
@@ -36,11 +38,12 @@ class EmbeddingRule:
         if padding is not None:
             grad_BTD = grad_BTD.masked_fill((ids_BT == padding)[..., None], 0.0)
         assert isinstance(module, nn.Embedding)
-        rows = len(module.weight)
-        return None, {"weight": Lookups(ids_BT=ids_BT, grad_BTD=grad_BTD, rows=rows)}
+        rows, kernel = len(module.weight), self.kernel
+        found = Lookups(ids_BT=ids_BT, grad_BTD=grad_BTD, rows=rows, kernel=kernel)
+        return None, {"weight": found}
 
 
-def embedding_rule(module: nn.Module, name: str) -> EmbeddingRule | None:
+def embedding_rule(module: nn.Module, name: str, kernel: NormKernel) -> EmbeddingRule | None:
     """Return the rule when `module` is an embedding, else None.
 
     Raises:
@@ -56,9 +59,9 @@ def embedding_rule(module: nn.Module, name: str) -> EmbeddingRule | None:
                 f"table or its gradient outside of clipping. Set {option} to its default."
             )
     if type(module).forward is nn.Embedding.forward:
-        return EmbeddingRule()
+        return EmbeddingRule(kernel=kernel)
     scale = _scale(module)
-    return None if scale is None else EmbeddingRule(scale=scale)
+    return None if scale is None else EmbeddingRule(kernel=kernel, scale=scale)
 
 
 def _scale(module: nn.Embedding) -> float | None:

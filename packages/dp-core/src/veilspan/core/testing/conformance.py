@@ -219,6 +219,33 @@ def assert_kernel_conforms(kernel: NormKernel, *, dtype: torch.dtype = torch.flo
         upper = torch.randn((batch, length, inputs), generator=generator).to(dtype)
         for centred in (False, True):
             _assert_normalisation(kernel, act, gain, upper, centred, grain)
+        _assert_lookups(kernel, grad, factor_B, limit)
+
+
+def _assert_lookups(kernel: NormKernel, grad: Tensor, factor_B: Tensor, limit: float) -> None:
+    """Compare with the table of each sample; a sample that is not finite is dropped."""
+    batch, length, width = grad.shape
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, (batch, length), generator=generator)
+    hot = torch.nn.functional.one_hot(ids, 5).double()
+    tables = torch.einsum("btv,btd->bvd", hot, grad.double())
+    sq_B = tables.flatten(1).square().sum(1)
+    found = kernel.sq_norm_lookups(ids, grad)
+    assert ((found - sq_B).abs() <= limit * sq_B).all(), f"sq_norm_lookups is off: {found}"
+    assert (found >= sq_B * (1 - 2.0**-18)).all(), "sq_norm_lookups is below the true norm"
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    formed, summed = tables.to(wide), torch.einsum("b,bvd->vd", factor_B, tables)
+    if batch > 1:
+        grad, formed, factor_B = grad.clone(), formed.clone(), factor_B.clone()
+        grad[1], formed[1], factor_B[1] = float("nan"), float("inf"), 0.0
+        summed = torch.einsum("b,bvd->vd", factor_B, tables)
+    for total, add in (
+        (torch.ones(5, width, dtype=wide), lambda t: kernel.add_lookups_(t, ids, grad, factor_B)),
+        (torch.ones(5, width, dtype=wide), lambda t: kernel.add_weighted_(t, formed, factor_B)),
+    ):
+        add(total)
+        off = (total.double() - 1.0 - summed).norm()
+        assert off <= limit * (1.0 + summed.norm()), f"a weighted sum is off: {off}"
 
 
 def _assert_normalisation(
