@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -29,8 +29,11 @@ class Method(Protocol):
 
     model: nn.Module
 
-    def gradient(self, tokens: Tensor) -> None:
-        """Leave the gradient of one logical batch in `.grad`."""
+    def gradient(self, tokens: Tensor) -> Iterator[int]:
+        """Yield the records of each micro-batch once it is done.
+
+        At the end the gradient of the logical batch is in `.grad`.
+        """
         ...
 
     def update(self) -> None:
@@ -46,9 +49,10 @@ class Plain:
         self._optimizer = shape.optimizer_of(self.model)
         self._shape, self._size = shape, size
 
-    def gradient(self, tokens: Tensor) -> None:
+    def gradient(self, tokens: Tensor) -> Iterator[int]:
         for part in tokens.split(self._size):
             (self._shape.losses(self.model, part).sum() / len(tokens)).backward()
+            yield len(part)
 
     def update(self) -> None:
         self._optimizer.step()
@@ -88,10 +92,11 @@ class Veilspan:
         """Return the size of micro-batch that the cost model finds fastest."""
         return self._step.best_microbatch(length, most)
 
-    def gradient(self, tokens: Tensor) -> None:
+    def gradient(self, tokens: Tensor) -> Iterator[int]:
         with self._step:
             for part in tokens.split(self._size):
                 self._step.backward(self._shape.losses(self.model, part))
+                yield len(part)
 
     def update(self) -> None:
         self._optimizer.step()
@@ -122,7 +127,7 @@ class OpacusHooks:
             loss_reduction="sum",
         )
 
-    def gradient(self, tokens: Tensor) -> None:
+    def gradient(self, tokens: Tensor) -> Iterator[int]:
         parts = tokens.split(self._size)
         for number, part in enumerate(parts):
             self._backward(part)
@@ -130,6 +135,7 @@ class OpacusHooks:
             if number < len(parts) - 1:
                 self._optimizer.step()  # adds to the sum; skips the update
                 self._optimizer.zero_grad()
+            yield len(part)
         self._optimizer.pre_step()  # clipped sum, noise: leaves `.grad`
         for parameter in self.model.parameters():
             assert parameter.grad is not None
@@ -212,9 +218,10 @@ class FastDP:
                 loss_reduction="sum",
             )
 
-    def gradient(self, tokens: Tensor) -> None:
+    def gradient(self, tokens: Tensor) -> Iterator[int]:
         for part in tokens.split(self._size):
             self._shape.losses(self.model, part, fused=False).sum().backward()
+            yield len(part)
         self._optimizer.zero_grad()
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine._create_noisy_clipped_gradient()

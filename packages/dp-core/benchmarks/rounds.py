@@ -1,9 +1,14 @@
-"""Interleaved timing: every method once per round, so that ratios compare the same minutes."""
+"""Interleaved timing: methods take turns, so that ratios compare the same seconds.
+
+On a CPU after each micro-batch; on a GPU, where only one method's state fits, once per round.
+"""
 
 from __future__ import annotations
 
+import collections
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -68,29 +73,55 @@ class Times:
         return [theirs[r] / mine[r] for r in both]
 
 
+Outcome = tuple[float, float | None] | Exception
+"""Seconds, and on a GPU the peak memory above the weights, MiB; or what went wrong."""
+
+
 class Roster:
-    """Methods that take turns: kept on the CPU; on a GPU built for each turn, then let go."""
+    """Methods that take turns: kept on the CPU; on a GPU built for each round, then let go."""
 
     def __init__(self, shape: Shape, sizes: Mapping[str, tuple[str, int]]) -> None:
         self._shape, self._sizes = shape, sizes
         self._kept: dict[str, Method] = {}
 
-    def run(self, name: str, tokens: torch.Tensor) -> tuple[float, float | None]:
-        """Train a method on one logical batch, after something small or one micro-batch.
-
-        Returns:
-            Seconds, and on a GPU the peak memory above the weights, MiB.
-        """
+    def round(self, names: Sequence[str], tokens: torch.Tensor) -> dict[str, Outcome]:
+        """Train each method on one logical batch, after something small or one micro-batch."""
         if self._shape.device == "cpu":
-            method = self._kept.get(name) or self._built(name)
-            self._kept[name] = method
-            return _seconds(method, tokens), None
+            return self._in_turns(names, tokens)
+        return {name: self._whole(name, tokens) for name in names}
+
+    def _in_turns(self, names: Sequence[str], tokens: torch.Tensor) -> dict[str, Outcome]:
+        found: dict[str, Outcome] = {}
+        clocks: dict[str, _Clock] = {}
+        for name in names:
+            try:
+                self._kept[name] = self._kept.get(name) or self._built(name)
+                clocks[name] = _Clock(self._kept[name], tokens)
+            except Exception as error:
+                found[name] = error
+        step = max(self._sizes[name][1] for name in names)
+        reached = [*range(step, len(tokens), step), len(tokens), math.inf]
+        for turn, records in enumerate(reached):
+            running = list(clocks)
+            first = turn % max(1, len(running))
+            for name in (*running[first:], *running[:first]):
+                try:
+                    clocks[name].run(records)
+                except Exception as error:
+                    found[name] = error
+                    del clocks[name]
+        return found | {name: (clock.seconds, None) for name, clock in clocks.items()}
+
+    def _whole(self, name: str, tokens: torch.Tensor) -> Outcome:
         gc.collect()
         torch.cuda.empty_cache()
-        method = self._built(name)
-        weights = sum(p.numel() * p.element_size() for p in method.model.parameters())
-        torch.cuda.reset_peak_memory_stats()
-        taken = _seconds(method, tokens)
+        try:
+            method = self._built(name)
+            weights = sum(p.numel() * p.element_size() for p in method.model.parameters())
+            torch.cuda.reset_peak_memory_stats()
+            taken = _seconds(method, tokens)
+        except Exception as error:
+            return error
         return taken, (torch.cuda.max_memory_allocated() - weights) / 2**20
 
     def _built(self, name: str) -> Method:
@@ -109,8 +140,8 @@ def time_rounds(
 ) -> Times:
     """Return the seconds of one logical batch per round, for each method.
 
-    The order rotates by one from round to round. A rival that fails is left out from then on, and
-    so is any method that runs out of memory; an error of our own is raised.
+    The order rotates by one from turn to turn and from round to round. A rival that fails is left
+    out from then on, and so is any method that runs out of memory; an error of our own is raised.
 
     Args:
         shape: The model and the logical batch.
@@ -127,14 +158,14 @@ def time_rounds(
             break
         tokens, turn = shape.tokens(number), number % len(names)
         running = [n for n in names if n not in times.failures and not _is_slow(times, n, limits)]
-        for name in (*running[turn:], *running[:turn]):
-            try:
-                taken, peak = roster.run(name, tokens)
-            except Exception as error:
-                if not (name.startswith(RIVALS) or isinstance(error, torch.OutOfMemoryError)):
-                    raise
-                times.failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        for name, outcome in roster.round((*running[turn:], *running[:turn]), tokens).items():
+            if isinstance(outcome, Exception):
+                if not (name.startswith(RIVALS) or isinstance(outcome, torch.OutOfMemoryError)):
+                    raise outcome
+                first_line = str(outcome).splitlines()[0][:200]
+                times.failures[name] = f"{type(outcome).__name__}: {first_line}"
                 continue
+            taken, peak = outcome
             times.seconds[name][number] = taken
             if peak is not None:
                 times.peaks[name] = max(peak, times.peaks.get(name, 0.0))
@@ -151,12 +182,31 @@ def _is_slow(times: Times, name: str, limits: Limits) -> bool:
     return min(mine.values()) > allowed * min(theirs.values())
 
 
+class _Clock:
+    """Counts the seconds of a method's turns on one logical batch."""
+
+    def __init__(self, method: Method, tokens: torch.Tensor) -> None:
+        self._method, self._micro_batches, self._records = method, method.gradient(tokens), 0
+        self.seconds = 0.0
+
+    def run(self, records: float) -> None:
+        """Train until so many records are done; to the end, update included, for infinity."""
+        start = time.perf_counter()
+        while self._records < records:
+            done = next(self._micro_batches, None)
+            if done is None:
+                self._method.update()
+                break
+            self._records += done
+        self.seconds += time.perf_counter() - start
+
+
 def _seconds(method: Method, tokens: torch.Tensor) -> float:
     gpu = tokens.device.type != "cpu"
     if gpu:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    method.gradient(tokens)
+    collections.deque(method.gradient(tokens), maxlen=0)
     method.update()
     if gpu:
         torch.cuda.synchronize()
@@ -190,7 +240,7 @@ def gradient_errors(shape: Shape, names: Sequence[str], size: int) -> dict[str, 
     for name in names:
         try:
             method = METHODS[name](shape, 1 if name == "single_sample" else size, 0.0)
-            method.gradient(tokens)
+            collections.deque(method.gradient(tokens), maxlen=0)
         except Exception as error:
             if not name.startswith(RIVALS):
                 raise
