@@ -191,6 +191,7 @@ def main() -> None:
             continue
         measured = measure(cell, options, at_shorter_length(cell, result["cells"]))
         result["cells"].append(measured)
+        result["date"] = today()  # of the last cell; --continue keeps older ones
         result["regret"] = regret(result["cells"])
         write(result, options.output)
         print(table(measured), flush=True)

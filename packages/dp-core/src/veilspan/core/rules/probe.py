@@ -97,13 +97,13 @@ def agrees(module: nn.Module, inputs: Tensor, expected: Tensor) -> bool:
     return output is not None and close(output, expected)
 
 
-def close(output: Tensor, expected: Tensor) -> bool:
-    """Return whether two results agree up to the rounding of their dtype (fp32 at the best)."""
+def close(output: Tensor, expected: Tensor, rounding: float | None = None) -> bool:
+    """Return whether two results agree up to rounding: that of their dtype, fp32 at the best."""
     if output.shape != expected.shape:
         return False
     scale = expected.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     error = (output.double() - expected.double()).abs().max()
-    return bool(error <= rounding_of(expected.dtype) * scale)
+    return bool(error <= (rounding_of(expected.dtype) if rounding is None else rounding) * scale)
 
 
 def rounding_of(dtype: torch.dtype) -> float:
