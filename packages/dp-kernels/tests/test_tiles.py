@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -83,3 +85,34 @@ def test_the_route_of_the_table_is_taken(monkeypatch: pytest.MonkeyPatch) -> Non
         (clipped_sum(act_BTI, grad_BTO, factor_B), grad_BOI.sum(0)),
     ]:
         torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+
+
+def test_a_kernel_is_launched_on_the_device_of_its_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    devices: list[torch.device] = []
+    seen: list[tuple[Any, ...]] = []
+
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        devices.append(tensor.device)
+        yield
+        devices.pop()
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments, **options: seen.append((*devices, grid, arguments, options))
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    there = torch.empty(2, device="meta")
+    Configuration(blocks={"BLOCK": 8}, num_warps=2).launch(Kernel(), (3,), there, 7, ADD=True)
+    options = {"BLOCK": 8, "ADD": True, "num_warps": 2, "num_stages": 3, "enable_fp_fusion": False}
+    assert seen == [(there.device, (3,), (there, 7), options)]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_ops_serve_a_gpu_that_is_not_the_current_one() -> None:
+    act_BTI, grad_BTO = (random(2, 5, 32).to("cuda:1") for _ in range(2))
+    with torch.cuda.device(0):
+        sq_B = direct_norm(act_BTI, grad_BTO)
+    torch.testing.assert_close(sq_B.cpu(), direct_norm(act_BTI.cpu(), grad_BTO.cpu()))

@@ -111,7 +111,7 @@ def _binary(compilation: Compilation, table: str) -> Any:
         target = GPUTarget("hip", table, 64)
     else:
         target = GPUTarget("cuda", int(table.removeprefix("sm_")), 32)
-    return triton.compile(source, target=target, options=compilation.chosen.launch)
+    return triton.compile(source, target=target, options=compilation.chosen.options)
 
 
 def _resources(compilation: Compilation, binary: Any, table: str) -> Resources:

@@ -15,6 +15,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from veilspan.kernels.compat import INTERPRETED
 
@@ -40,9 +41,26 @@ class Configuration:
     route: Literal["kernel", "library"] = "kernel"
     up_to: Mapping[str, int] = field(default_factory=dict)
 
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, **constants: Any
+    ) -> None:
+        """Launch a kernel in this way, on the device of its first argument.
+
+        Triton launches on the current device, whose context cannot read another one's memory.
+
+        Args:
+            kernel: The kernel, as `compat.jit` returned it.
+            grid: Number of programs in each dimension.
+            first: Its first argument.
+            *arguments: The other ones.
+            **constants: Compile-time arguments that are no blocks.
+        """
+        with torch.cuda.device_of(first):
+            kernel[grid](first, *arguments, **constants, **self.blocks, **self.options)
+
     @property
-    def launch(self) -> dict[str, Any]:
-        """Keyword arguments of a launch, without the blocks.
+    def options(self) -> dict[str, Any]:
+        """How Triton compiles and launches the kernel.
 
         Fusion of a product and a sum is off: it would round a contribution otherwise than its norm.
         """

@@ -216,7 +216,9 @@ def _launch(
     partials = torch.empty(max(programs, 1), dtype=torch.float64, device=device)
     if programs == 0:
         return partials.zero_().sum()
-    _accumulate_kernel[(programs,)](
+    chosen.launch(
+        _accumulate_kernel,
+        (programs,),
         torch.tensor(table, dtype=torch.int64).to(device, non_blocking=True),
         partials,
         scale,
@@ -226,8 +228,6 @@ def _launch(
         TOTAL=getattr(tl, _DTYPES[totals[0].dtype]),
         ADD=add,
         ALIGNED=aligned,
-        **chosen.blocks,
-        **chosen.launch,
     )
     return partials.sum()
 

@@ -196,7 +196,9 @@ def _launch(
     tiles = -(-(before + tensor.numel()) // _TILE)
     numbers = [word % 2**32 for word in subkey.tolist()] + [first, before, tensor.numel()]
     chosen = configuration("add_noise", tensor.device)
-    _add_noise_kernel[(tiles * (_COLUMNS // chosen.blocks["BLOCKS"]),)](
+    chosen.launch(
+        _add_noise_kernel,
+        (tiles * (_COLUMNS // chosen.blocks["BLOCKS"]),),
         tensor,
         # One small copy instead of arguments, each value of which Triton might compile anew.
         torch.tensor(numbers, dtype=torch.int64).to(tensor.device, non_blocking=True),
@@ -204,8 +206,6 @@ def _launch(
         scale,
         COLUMNS=_COLUMNS,
         CHACHA=stream == "chacha20",
-        **chosen.blocks,
-        **chosen.launch,
     )
 
 

@@ -198,7 +198,9 @@ def _launch(
     parts = -(-tokens // (chosen.blocks["ROWS"] * chosen.blocks["STEPS"]))
     grad_x_BTD = torch.empty_like(x_BTD, memory_format=torch.contiguous_format)
     partials = x_BTD.new_empty((1 + centred, batch, parts, width), dtype=torch.float32)
-    _affine_kernel[(batch * parts,)](
+    chosen.launch(
+        _affine_kernel,
+        (batch * parts,),
         x_BTD,
         weight_D.contiguous(),
         grad_BTD,
@@ -213,8 +215,6 @@ def _launch(
         *grad_BTD.stride()[:2],
         BLOCK=_covering(width),
         CENTRED=centred,
-        **chosen.blocks,
-        **chosen.launch,
     )
     return grad_x_BTD, partials.sum(2, dtype=torch.float64)
 

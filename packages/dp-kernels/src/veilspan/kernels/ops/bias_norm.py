@@ -106,15 +106,15 @@ def _launch(grad_BTO: Tensor) -> Tensor:
     chosen = configuration("bias_norm", grad_BTO.device)
     parts = -(-tokens // (chosen.blocks["ROWS"] * chosen.blocks["STEPS"]))
     partials = grad_BTO.new_empty((batch, parts, width), dtype=torch.float32)
-    _bias_kernel[(batch * parts, -(-width // chosen.blocks["BLOCK"]))](
+    chosen.launch(
+        _bias_kernel,
+        (batch * parts, -(-width // chosen.blocks["BLOCK"])),
         grad_BTO,
         partials,
         tokens,
         width,
         parts,
         *grad_BTO.stride()[:2],
-        **chosen.blocks,
-        **chosen.launch,
     )
     return partials.sum(1, dtype=torch.float64)
 

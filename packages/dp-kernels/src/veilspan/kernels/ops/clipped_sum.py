@@ -180,7 +180,9 @@ def _launch(
 ) -> None:
     act_BTI, grad_BTO = operands(act_BTI, grad_BTO)
     outputs, inputs = total.shape
-    _clipped_sum_kernel[(tile_count(chosen, outputs, inputs),)](
+    chosen.launch(
+        _clipped_sum_kernel,
+        (tile_count(chosen, outputs, inputs),),
         act_BTI,
         grad_BTO,
         factor_B,
@@ -192,8 +194,6 @@ def _launch(
         *grad_BTO.stride()[:2],
         UPCAST=INTERPRETED,
         ADD=add,
-        **chosen.blocks,
-        **chosen.launch,
     )
 
 

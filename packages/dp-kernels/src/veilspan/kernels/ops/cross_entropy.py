@@ -131,15 +131,15 @@ def _cross_entropy(logits_NV: Tensor, target_N: Tensor, scale: Tensor) -> Tensor
     tokens, vocabulary = logits_NV.shape
     losses_N = scale.new_empty(tokens)
     chosen = configuration("cross_entropy", logits_NV.device)
-    _entropy_kernel[(tokens,)](
+    chosen.launch(
+        _entropy_kernel,
+        (tokens,),
         logits_NV,
         target_N.contiguous(),
         scale,
         losses_N,
         vocabulary,
         STEPS=-(-vocabulary // chosen.blocks["BLOCK"]),
-        **chosen.blocks,
-        **chosen.launch,
     )
     return losses_N
 

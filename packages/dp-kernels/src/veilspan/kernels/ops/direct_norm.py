@@ -126,7 +126,9 @@ def _launch(act_BTI: Tensor, grad_BTO: Tensor, chosen: Configuration) -> Tensor:
     tiles = tile_count(chosen, outputs, inputs)
     partials = torch.empty((samples, tiles), dtype=torch.float32, device=act_BTI.device)
     if partials.numel():
-        _direct_norm_kernel[(partials.numel(),)](
+        chosen.launch(
+            _direct_norm_kernel,
+            (partials.numel(),),
             act_BTI,
             grad_BTO,
             partials,
@@ -136,8 +138,6 @@ def _launch(act_BTI: Tensor, grad_BTO: Tensor, chosen: Configuration) -> Tensor:
             *act_BTI.stride()[:2],
             *grad_BTO.stride()[:2],
             UPCAST=INTERPRETED,
-            **chosen.blocks,
-            **chosen.launch,
         )
     return partials.sum(1, dtype=torch.float64)
 

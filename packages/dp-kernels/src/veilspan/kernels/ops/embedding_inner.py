@@ -121,7 +121,9 @@ def _launch(tokens_BT: Tensor, grad_BTD: Tensor, table_BVD: Tensor) -> Tensor:
     chosen = configuration("embedding_inner", grad_BTD.device)
     parts = -(-tokens // chosen.blocks["ROWS"])
     partials = grad_BTD.new_empty((batch, parts), dtype=torch.float64)
-    _inner_kernel[(batch * parts,)](
+    chosen.launch(
+        _inner_kernel,
+        (batch * parts,),
         tokens_BT.contiguous(),
         grad_BTD,
         table_BVD,
@@ -132,8 +134,6 @@ def _launch(tokens_BT: Tensor, grad_BTD: Tensor, table_BVD: Tensor) -> Tensor:
         *grad_BTD.stride()[:2],
         *table_BVD.stride()[:2],
         STEPS=-(-width // chosen.blocks["BLOCK"]),
-        **chosen.blocks,
-        **chosen.launch,
     )
     return partials.sum(1)
 

@@ -207,7 +207,9 @@ def add_runs(
         crossing = ids_SN.new_full((sequences, 2 * chunks), _NOTHING)
         carried = sq_S.new_empty((sequences, 2 * chunks if chunks > 1 else 0, width))
         partials = sq_S.new_empty((sequences, chunks * blocks if total_VD is None else 0))
-        _runs_kernel[(sequences * chunks, blocks)](
+        chosen.launch(
+            _runs_kernel,
+            (sequences * chunks, blocks),
             ids_SN,
             order_SN,
             rows,
@@ -222,8 +224,6 @@ def add_runs(
             *grad_BTD.stride()[:2],
             FIRST=rows is grad_BTD,
             ADD=total_VD is not None,
-            **chosen.blocks,
-            **chosen.launch,
         )
         sq_S += partials.sum(1)
         if chunks == 1:

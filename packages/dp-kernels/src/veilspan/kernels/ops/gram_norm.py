@@ -237,7 +237,9 @@ def _launch(
     tiles = down * (down + 1) // 2 if half else down * across
     partials = torch.empty((samples, tiles), dtype=torch.float32, device=act_left.device)
     if partials.numel():
-        _gram_kernel[(partials.numel(),)](
+        chosen.launch(
+            _gram_kernel,
+            (partials.numel(),),
             act_left,
             grad_left,
             act_right,
@@ -254,8 +256,6 @@ def _launch(
             tiles,
             HALF=half,
             UPCAST=INTERPRETED,
-            **chosen.blocks,
-            **chosen.launch,
         )
     return partials.sum(1, dtype=torch.float64)
 

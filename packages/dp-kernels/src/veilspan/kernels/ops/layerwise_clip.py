@@ -167,7 +167,9 @@ def _launch(
     clipped = torch.empty((samples, outputs, inputs), dtype=torch.float32, device=device)
     factor_B = torch.empty(samples, dtype=torch.float64, device=device)
     if samples:
-        _layerwise_clip_kernel[(samples,)](
+        chosen.launch(
+            _layerwise_clip_kernel,
+            (samples,),
             act_BTI,
             grad_BTO,
             clipped,
@@ -180,8 +182,6 @@ def _launch(
             *grad_BTO.stride()[:2],
             UPCAST=INTERPRETED,
             TINY=_TINY,
-            **chosen.blocks,
-            **chosen.launch,
         )
     total_OI += clipped.sum(0)
     return factor_B

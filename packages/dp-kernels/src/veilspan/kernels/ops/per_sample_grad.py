@@ -160,7 +160,9 @@ def _launch(act_BTI: Tensor, grad_BTO: Tensor, out: Tensor, chosen: Configuratio
     tiles = tile_count(chosen, outputs, inputs)
     partials = torch.empty((samples, tiles), dtype=torch.float32, device=act_BTI.device)
     if partials.numel():
-        _per_sample_grad_kernel[(partials.numel(),)](
+        chosen.launch(
+            _per_sample_grad_kernel,
+            (partials.numel(),),
             act_BTI,
             grad_BTO,
             out,
@@ -172,8 +174,6 @@ def _launch(act_BTI: Tensor, grad_BTO: Tensor, out: Tensor, chosen: Configuratio
             *grad_BTO.stride()[:2],
             out.stride(0),
             UPCAST=INTERPRETED,
-            **chosen.blocks,
-            **chosen.launch,
         )
     return partials.sum(1, dtype=torch.float64)
 

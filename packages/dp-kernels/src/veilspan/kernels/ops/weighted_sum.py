@@ -117,7 +117,9 @@ def _launch(grad_BOI: Tensor, factor_B: Tensor, total: Tensor, add: bool) -> Non
     chosen = configuration("weighted_sum", total.device)
     programs = -(-total.numel() // chosen.blocks["BLOCK"])
     if programs:
-        _weighted_sum_kernel[(programs,)](
+        chosen.launch(
+            _weighted_sum_kernel,
+            (programs,),
             grad_BOI,
             factor_B,
             total,
@@ -125,8 +127,6 @@ def _launch(grad_BOI: Tensor, factor_B: Tensor, total: Tensor, add: bool) -> Non
             total.numel(),
             grad_BOI.stride(0),
             ADD=add,
-            **chosen.blocks,
-            **chosen.launch,
         )
 
 
