@@ -57,8 +57,21 @@ def test_maps_with_one_input_take_its_products_once(monkeypatch):
     kernel.sq_norm_gram(act, torch.randn(2, 70, 3))
     first = len(calls)
     kernel.sq_norm_gram(act.view(2, 70, 5), torch.randn(2, 70, 3))
-    assert first == 4  # two rows of tiles, of the input and of the gradient
-    assert len(calls) - first == 2
+    assert first == 6  # three rows of tiles, of the input and of the gradient
+    assert len(calls) - first == 3
+
+
+@pytest.mark.parametrize(("batch", "length"), [(8, 128), (4, 100), (2, 1024)])
+def test_each_record_rounds_the_sum_it_is_added_to_once_at_most(batch, length):
+    # A library that added each of its products to the sum, or few at a time, would round it often.
+    torch.manual_seed(0)
+    act, grad = torch.randn(batch, length, 48), torch.randn(batch, length, 160)
+    factor_B, total = torch.rand(batch), 1e5 * (1.0 + torch.rand(160, 48))
+    added = torch.einsum("b,bto,bti->oi", factor_B.double(), grad.double(), act.double())
+    exact = total.double() + added
+    BlockedKernel().add_outer_products_(total, act, grad, factor_B, clip_norm=1e9)
+    half_a_unit = torch.finfo(torch.float32).eps / 2 * total.abs()
+    assert bool(((total.double() - exact).abs() <= 1.01 * batch * half_a_unit).all())
 
 
 @pytest.mark.parametrize("elements", [1, 1023, 1024, 1025, 3_000_001])

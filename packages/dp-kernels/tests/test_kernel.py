@@ -77,14 +77,14 @@ def test_a_private_step_equals_that_of_the_default_kernel(
         (lambda k: k.sq_norm_direct(torch.ones(2, 3), torch.ones(2, 3, 1)), "act_BTI has shape"),
         (lambda k: k.sq_norm_gram(torch.ones(2, 3, 1), torch.ones(2, 4, 1)), "grad_BTO has shape"),
         (
-            lambda k: k.weighted_grad(
-                torch.ones(2, 3, 1), torch.ones(2, 3, 1), torch.ones(3), clip_norm=1.0
+            lambda k: k.add_outer_products_(
+                torch.ones(1, 1), *torch.ones(2, 2, 3, 1), torch.ones(3), clip_norm=1.0
             ),
             "factor_B has shape",
         ),
         (
-            lambda k: k.weighted_grad(
-                torch.ones(2, 3, 1), torch.ones(2, 3, 1), torch.ones(2), clip_norm=0.0
+            lambda k: k.add_outer_products_(
+                torch.ones(1, 1), *torch.ones(2, 2, 3, 1), torch.ones(2), clip_norm=0.0
             ),
             "clip_norm is 0.0",
         ),

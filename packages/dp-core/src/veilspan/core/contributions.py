@@ -204,9 +204,7 @@ class OuterProducts:
         if sums.sample_by_sample:
             add_each(self, sums, name, factor_B)
         else:
-            weigh, limit, size_B = self.kernel.weighted_grad, sums.clip_norm(name), self._size_B
-            factors = self.act_BTI, self.grad_BTO, factor_B
-            sums.add_(name, weigh(*factors, clip_norm=limit, size_B=size_B))
+            sums.add_outer_products_(name, self.act_BTI, self.grad_BTO, factor_B, self._size_B)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,8 @@ GRAM_CANCELLATION = 1e-5
 CANCELLING = 4.0
 """Σ‖a‖‖g‖ beyond this times √T times the norm: terms cancel more than those of random tokens."""
 
-_SMALL_TILE, _TILE, _LARGE_TILE = 64, 128, 256  # tokens of a side of a Gram tile
+_SMALL_TILE, _TILE, _LARGE_TILE = 32, 128, 256  # tokens of a side of a Gram tile
+_PANEL = 128  # products that a library sums, at least, before it adds them to what is there
 _CHAIN = 1024  # fp32 sums of squares stay this short; longer chains lose digits of the norm
 
 
@@ -86,14 +87,19 @@ def magnitudes(act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
     return sizes_B
 
 
-def _weighted(act_BTI: Tensor, grad_BTO: Tensor, factor_B: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return Σ_b factor_b · G_bᵀA_b as one product; the factor meets the smaller operand."""
+def _add_weighted_(total_OI: Tensor, act_BTI: Tensor, grad_BTO: Tensor, factor_B: Tensor) -> None:
+    """Add Σ_b factor_b · G_bᵀA_b as one product; the factor meets the smaller operand."""
+    dtype = compute_dtype(grad_BTO.dtype)
     act, grad, factors = act_BTI.to(dtype), grad_BTO.to(dtype), factor_B.to(dtype)[:, None, None]
     if act.shape[2] < grad.shape[2]:
         act = act * factors
     else:
         grad = grad * factors
-    return torch.mm(grad.flatten(0, 1).mT, act.flatten(0, 1))
+    grads_On, acts_nI = grad.flatten(0, 1).mT, act.flatten(0, 1)
+    if total_OI.dtype == dtype and act.shape[1] <= _PANEL:
+        total_OI.addmm_(grads_On, acts_nI)  # no product in memory
+    else:
+        total_OI += torch.mm(grads_On, acts_nI)
 
 
 class _SharedInput:
@@ -169,35 +175,35 @@ class BlockedKernel:
             return out.copy_(torch.bmm(grad_BTO.mT, act_BTI))
         return torch.bmm(grad_BTO.mT, act_BTI, out=out)
 
-    def weighted_grad(
+    def add_outer_products_(
         self,
+        total_OI: Tensor,
         act_BTI: Tensor,
         grad_BTO: Tensor,
         factor_B: Tensor,
         *,
         clip_norm: float,
         size_B: Tensor | None = None,
-    ) -> Tensor:
-        """Return Σ_b factor_b · G_bᵀA_b, `[O, I]` fp32 or fp64.
+    ) -> None:
+        """Add Σ_b factor_b · G_bᵀA_b to the total, fp32 or fp64, in place.
 
-        One product over all samples, except for samples whose terms cancel: each of those is summed
+        One product over all samples, except for samples whose terms cancel: each of those is added
         on its own, so that the rounding of its large terms meets no other sample. What is left of
         the rounding is below that of an fp32 sum of contributions of norm `clip_norm`.
         """
-        dtype = compute_dtype(grad_BTO.dtype)
         if size_B is None:
             size_B = magnitudes(act_BTI, grad_BTO)
         steady_B = size_B * factor_B <= CANCELLING * math.sqrt(act_BTI.shape[1]) * clip_norm
         if bool(steady_B.all()):  # false where a factor of zero meets what is not finite
-            return _weighted(act_BTI, grad_BTO, factor_B, dtype)
+            _add_weighted_(total_OI, act_BTI, grad_BTO, factor_B)
+            return
         steady_B &= factor_B != 0.0
-        total = grad_BTO.new_zeros((grad_BTO.shape[2], act_BTI.shape[2]), dtype=dtype)
         if bool(steady_B.any()):
-            total = _weighted(act_BTI[steady_B], grad_BTO[steady_B], factor_B[steady_B], dtype)
+            _add_weighted_(total_OI, act_BTI[steady_B], grad_BTO[steady_B], factor_B[steady_B])
+        dtype = compute_dtype(grad_BTO.dtype)
         for b in ((factor_B != 0.0) & ~steady_B).nonzero().flatten().tolist():
             product = grad_BTO[b].mT.to(dtype) @ act_BTI[b].to(dtype)
-            total.add_(product, alpha=float(factor_B[b]))
-        return total
+            total_OI.add_(product, alpha=float(factor_B[b]))
 
     def normalisation_backward(
         self, x_BTD: Tensor, gain_D: Tensor, grad_BTD: Tensor, *, eps: float, centred: bool

@@ -34,16 +34,17 @@ class NormKernel(Protocol):
         """Return GᵀA per sample, `[B, O, I]`, in the dtype of `grad_BTO`; in `out` if given."""
         ...
 
-    def weighted_grad(
+    def add_outer_products_(
         self,
+        total_OI: Tensor,
         act_BTI: Tensor,
         grad_BTO: Tensor,
         factor_B: Tensor,
         *,
         clip_norm: float,
         size_B: Tensor | None = None,
-    ) -> Tensor:
-        """Return Σ_b factor_b · G_bᵀA_b, `[O, I]`, accumulated in fp32 or better.
+    ) -> None:
+        """Add Σ_b factor_b · G_bᵀA_b to the total, fp32 or fp64, in place.
 
         A sample whose factor is zero contributes exactly zero even where its A or G is not finite.
         `clip_norm` bounds factor_b · ‖G_bᵀA_b‖; against Σ_t ‖a_t‖‖g_t‖, `size_B` where a norm has

@@ -145,10 +145,6 @@ class ClippedSum:
         """Whether every sample must be added on its own, because each is rounded on its own."""
         return self._accumulator.sample_by_sample
 
-    def clip_norm(self, name: str) -> float:
-        """Return the threshold of the group of parameter `name`."""
-        return self._clip_norms[name]
-
     def begin(self, clip_norms: Mapping[str, float]) -> None:
         """Begin a logical batch under these thresholds, by parameter name."""
         self.discard()
@@ -178,6 +174,20 @@ class ClippedSum:
         else:
             total = self._total(name, grad_Bx.shape[1:], grad_Bx)
             self._kernel.add_weighted_(total, grad_Bx, factor_B)
+
+    def add_outer_products_(
+        self,
+        name: str,
+        act_BTI: Tensor,
+        grad_BTO: Tensor,
+        factor_B: Tensor,
+        size_B: Tensor | None,
+    ) -> None:
+        """Add Σ_b factor_b · G_bᵀA_b, in floating point; `size_B` is Σ_t ‖a_t‖‖g_t‖ if known."""
+        total = self._total(name, self._parameters[name].shape, grad_BTO)
+        limit = self._clip_norms[name]
+        add_ = self._kernel.add_outer_products_
+        add_(total, act_BTI, grad_BTO, factor_B, clip_norm=limit, size_B=size_B)
 
     def add_lookups_(self, name: str, ids_BT: Tensor, grad_BTD: Tensor, factor_B: Tensor) -> None:
         """Add Σ_b factor_b · g_bt to rows id_bt of a parameter, in floating point."""

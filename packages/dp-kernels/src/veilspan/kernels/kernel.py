@@ -76,23 +76,24 @@ class TritonKernel:
         """Return GᵀA per sample, `[B, O, I]`, in the dtype of `grad_BTO`; in `out` if given."""
         return per_sample_grad(_alike(act_BTI, grad_BTO), grad_BTO, out=out)[0]
 
-    def weighted_grad(
+    def add_outer_products_(
         self,
+        total_OI: Tensor,
         act_BTI: Tensor,
         grad_BTO: Tensor,
         factor_B: Tensor,
         *,
         clip_norm: float,
         size_B: Tensor | None = None,
-    ) -> Tensor:
-        """Return Σ_b factor_b · G_bᵀA_b, `[O, I]`, accumulated in fp32 or fp64.
+    ) -> None:
+        """Add Σ_b factor_b · G_bᵀA_b to the total, fp32 or fp64, in place.
 
         A factor multiplies the fp32 product of its own sample, so rounding of large terms that
         cancel meets no other sample, whatever `clip_norm` and `size_B` are.
         """
         if not clip_norm > 0:
             raise ValueError(f"clip_norm is {clip_norm}; it must be above 0.")
-        return clipped_sum(_alike(act_BTI, grad_BTO), grad_BTO, factor_B)
+        clipped_sum(_alike(act_BTI, grad_BTO), grad_BTO, factor_B, total=total_OI)
 
     def normalisation_backward(
         self, x_BTD: Tensor, gain_D: Tensor, grad_BTD: Tensor, *, eps: float, centred: bool

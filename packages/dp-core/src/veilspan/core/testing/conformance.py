@@ -207,11 +207,7 @@ def assert_kernel_conforms(kernel: NormKernel, *, dtype: torch.dtype = torch.flo
             assert ((size - size_B).abs() <= limit * size_B).all(), f"{name} is off: {size}"
             assert ((found - sq_B).abs() <= limit * sq_B).all(), f"{name} is off: {found} {sq_B}"
             assert (found >= sq_B * (1 - 2.0**-18)).all(), f"{name} is below the true norm"
-        summed = torch.einsum("b,boi->oi", factor_B, exact)
-        norm = float((factor_B * sq_B.sqrt()).max()) if batch else 1.0
-        for size in (None, size_B):
-            found = kernel.weighted_grad(act, grad, factor_B, clip_norm=norm, size_B=size).double()
-            assert (found - summed).norm() <= limit * summed.norm(), "weighted_grad is off"
+        _assert_outer_products(kernel, act, grad, factor_B, limit)
         found = kernel.per_sample_grad(act, grad).double()
         grain = limit if dtype in (torch.float64, torch.float32) else 1e-2
         assert (found - exact).norm() <= grain * exact.norm(), "per_sample_grad is off"
@@ -220,6 +216,27 @@ def assert_kernel_conforms(kernel: NormKernel, *, dtype: torch.dtype = torch.flo
         for centred in (False, True):
             _assert_normalisation(kernel, act, gain, upper, centred, grain)
         _assert_lookups(kernel, grad, factor_B, limit)
+
+
+def _assert_outer_products(
+    kernel: NormKernel, act: Tensor, grad: Tensor, factor_B: Tensor, limit: float
+) -> None:
+    """Compare with the gradient of each sample; a sample that is not finite is dropped."""
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    exact = torch.einsum("bto,bti->boi", grad.double(), act.double())
+    norm_B = exact.flatten(1).norm(dim=1)
+    norm = float((factor_B * norm_B).max()) if len(act) else 1.0
+    summed = torch.einsum("b,boi->oi", factor_B, exact)
+    if len(act) > 1:
+        grad, factor_B = grad.clone(), factor_B.clone()
+        summed -= factor_B[1] * exact[1]
+        grad[1], factor_B[1] = float("nan"), 0.0
+    size_B = (act.double().norm(dim=2) * grad.double().norm(dim=2)).sum(1)
+    for size in (None, size_B):
+        total = torch.ones(grad.shape[2], act.shape[2], dtype=wide)
+        kernel.add_outer_products_(total, act, grad, factor_B, clip_norm=norm, size_B=size)
+        off = (total.double() - 1.0 - summed).norm()
+        assert off <= limit * (1.0 + summed.norm()), f"add_outer_products_ is off: {off}"
 
 
 def _assert_lookups(kernel: NormKernel, grad: Tensor, factor_B: Tensor, limit: float) -> None:
