@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from veilspan.core import Flat, PerLayer, PrivateStep
+from veilspan.core.choice import choose
 from veilspan.core.cost import (
+    Forecast,
     ModelShape,
     best_microbatch,
     cheaper_norm,
-    choose,
     forecast_all,
     keeping_pays,
     norm_cost,
@@ -92,6 +93,29 @@ def test_what_does_not_fit_into_memory_is_not_chosen():
     assert tight.name == "two_pass"
     assert "fit into 1 MiB" in tight.reason
     assert len(tight.forecasts) == 3
+
+
+def test_of_strategies_that_take_about_the_same_time_the_leanest_is_chosen():
+    forecasts = [
+        Forecast(name="per_sample", seconds=0.100, bytes=800.0),
+        Forecast(name="bookkeeping", seconds=0.104, bytes=300.0),
+        Forecast(name="two_pass", seconds=0.400, bytes=0.0),
+    ]
+    assert choose(forecasts, 1e3).name == "per_sample"
+    tied = choose(forecasts, 1e3, ordinary=1.0)
+    assert tied.name == "bookkeeping"
+    assert tied.reason == "about as fast as per_sample, in less memory"
+    assert choose(forecasts, 100.0, ordinary=1.0).name == "two_pass"
+    alone = [Forecast(name="single_sample", seconds=0.2, bytes=9.0), *forecasts]
+    assert choose(alone, 1e3, ordinary=1.0).name == "single_sample"
+
+
+def test_short_sequences_write_no_product_that_they_add():
+    short, longer = (
+        next(f for f in chosen(16, t).forecasts if f.name == "bookkeeping") for t in (128, 129)
+    )
+    saved = 4.0 * sum(i * o for i, o in LINEARS) / RATES.bandwidth
+    assert longer.seconds - short.seconds > saved
 
 
 def test_groups_within_layers_are_clipped_in_place():

@@ -1,4 +1,4 @@
-"""The cost model: seconds and bytes that pick norm methods, backward strategy, micro-batch size.
+"""The cost model: seconds and bytes of norm methods, backward strategies, micro-batch sizes.
 
 It counts what a strategy costs *beyond* an ordinary backward pass of the same micro-batch. B
 records, T tokens, I and O input and output features, P trainable elements.
@@ -6,10 +6,10 @@ records, T tokens, I and O input and output features, P trainable elements.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from veilspan.core.norms import gram_tile
+from veilspan.core.norms import ADDED_IN_PLACE, gram_tile
 from veilspan.core.rates import DeviceRates
 
 _FP32 = 4.0  # bytes
@@ -79,15 +79,6 @@ class Forecast:
     def __str__(self) -> str:
         """Return one line of a table."""
         return f"{self.name:<12} +{self.seconds * 1e3:8.1f} ms  +{self.bytes / 2**20:8.0f} MiB"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """A decision of the cost model, with its reason and what it was compared with."""
-
-    name: str
-    reason: str
-    forecasts: tuple[Forecast, ...] = ()
 
 
 def norm_seconds(
@@ -202,7 +193,7 @@ def forecast_all(
     norms = sum(size * norm_cost(length, i, o) for i, o in model.linears)
     scaling = sum(size * _scaled_bytes((length, i, o)) for i, o in model.linears)
     weighed = norms + scaling / rates.bandwidth
-    weighed += _weighing_seconds(len(model.linears), model.parameters, rates)
+    weighed += _weighing_seconds(len(model.linears), length, model.parameters, rates)
     whole_seconds = _stored_seconds(model.parameters, rates, model.gradient_bytes)
     stored, gradient = size * whole_seconds, size * model.gradient_bytes * model.parameters
     kept = "single_sample"
@@ -237,7 +228,7 @@ def _stored(size: int, length: int, model: ModelShape, rates: DeviceRates) -> tu
         if keeping_pays(shape, rates, model.gradient_bytes):
             rest -= inputs * outputs
             each += norm_seconds("gram", shape, rates) + _scaled_bytes(shape) / rates.bandwidth
-            once += _weighing_seconds(1, inputs * outputs, rates)
+            once += _weighing_seconds(1, length, inputs * outputs, rates)
             held += _FP32 * length * (inputs + outputs)
     for rows, width in model.tables:
         if table_pays(length, rows, width):
@@ -248,30 +239,23 @@ def _stored(size: int, length: int, model: ModelShape, rates: DeviceRates) -> tu
     return size * each + once, size * (held + model.gradient_bytes * rest)
 
 
-def _weighing_seconds(layers: int, elements: int, rates: DeviceRates) -> float:
+def _weighing_seconds(layers: int, length: int, elements: int, rates: DeviceRates) -> float:
     """Return what adding weighed products takes, however many records there are."""
-    return 20.0 * layers * rates.call_seconds + 3.0 * _FP32 * elements / rates.bandwidth
+    passes = 2.0 if length <= ADDED_IN_PLACE else 3.0
+    return 20.0 * layers * rates.call_seconds + passes * _FP32 * elements / rates.bandwidth
 
 
-def choose(forecasts: Sequence[Forecast], memory: float) -> Choice | None:
-    """Return the fastest strategy that fits into `memory` bytes, or None if none does.
+def ordinary_seconds(size: int, length: int, model: ModelShape, rates: DeviceRates) -> float:
+    """Return the forecast time of a micro-batch without privacy: its products alone.
 
     Args:
-        forecasts: What each strategy costs.
-        memory: Bytes that a strategy may use beyond an ordinary backward pass.
+        size: Records B of the micro-batch.
+        length: Tokens T of each record held here.
+        model: The model.
+        rates: The device.
     """
-    fitting = [forecast for forecast in forecasts if forecast.bytes <= memory]
-    if not fitting:
-        return None
-    # One record alone needs no rule and no slack: the norm is that of the very numbers it adds.
-    best = min(fitting, key=lambda f: (f.name != "single_sample", round(f.seconds, 9)))
-    if best.name == "single_sample":
-        reason = "one record a micro-batch: its gradient is the batch's own"
-    elif len(fitting) < len(forecasts):
-        reason = f"fastest of those that fit into {memory / 2**20:.0f} MiB"
-    else:
-        reason = "fastest by the cost model"
-    return Choice(name=best.name, reason=reason, forecasts=tuple(forecasts))
+    elements = model.frozen + sum(i * o for i, o in model.linears)
+    return 6.0 * size * length * elements / rates.flops
 
 
 def best_microbatch(
@@ -307,8 +291,7 @@ def best_microbatch(
         shared += _LAYER_CALLS * len(model.linears) * rates.call_seconds
         return ordinary + (fits[0].seconds + shared) / size
 
-    elements = model.frozen + sum(i * o for i, o in model.linears)
-    ordinary = 6.0 * length * elements / rates.flops
+    ordinary = ordinary_seconds(1, length, model, rates)
     seconds = {2**k: seconds_per_record(2**k) for k in range(max(1, most).bit_length())}
     most_allowed = _TELLING * min(seconds.values())
     return next((size for size, each in seconds.items() if each <= most_allowed), 1)

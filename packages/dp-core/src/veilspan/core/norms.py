@@ -19,8 +19,10 @@ GRAM_CANCELLATION = 1e-5
 CANCELLING = 4.0
 """Σ‖a‖‖g‖ beyond this times √T times the norm: terms cancel more than those of random tokens."""
 
+ADDED_IN_PLACE = 128
+"""Tokens to which a product is added to a sum by the library, which sums as many before it adds."""
+
 _SMALL_TILE, _TILE, _LARGE_TILE = 32, 128, 256  # tokens of a side of a Gram tile
-_PANEL = 128  # products that a library sums, at least, before it adds them to what is there
 _CHAIN = 1024  # fp32 sums of squares stay this short; longer chains lose digits of the norm
 
 
@@ -96,7 +98,7 @@ def _add_weighted_(total_OI: Tensor, act_BTI: Tensor, grad_BTO: Tensor, factor_B
     else:
         grad = grad * factors
     grads_On, acts_nI = grad.flatten(0, 1).mT, act.flatten(0, 1)
-    if total_OI.dtype == dtype and act.shape[1] <= _PANEL:
+    if total_OI.dtype == dtype and act.shape[1] <= ADDED_IN_PLACE:
         total_OI.addmm_(grads_On, acts_nI)  # no product in memory
     else:
         total_OI += torch.mm(grads_On, acts_nI)

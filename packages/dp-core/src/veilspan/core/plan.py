@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from veilspan.core.backward import STRATEGIES
+from veilspan.core.choice import Choice, choose
 from veilspan.core.cost import (
-    Choice,
     ModelShape,
     NormCost,
     best_microbatch,
     cheaper_norm,
-    choose,
     forecast_all,
     keeping_pays,
     norm_cost,
+    ordinary_seconds,
 )
 from veilspan.core.errors import UnsupportedModelError
 from veilspan.core.groups import Groups
@@ -187,7 +187,8 @@ class StrategyPlan:
         if obstacle is not None:
             return Choice(name="single_sample", reason=obstacle)
         forecasts = forecast_all(size, length, self.shape, self.rates, self._norm_cost)
-        choice = choose(forecasts, self.memory)
+        ordinary = ordinary_seconds(size, length, self.shape, self.rates)
+        choice = choose(forecasts, self.memory, ordinary=ordinary)
         if choice is not None:
             return choice
         least = min(forecasts, key=lambda forecast: forecast.bytes)
