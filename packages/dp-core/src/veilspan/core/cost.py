@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from veilspan.core.norms import ADDED_IN_PLACE, gram_tile
+from veilspan.core.gram import gram_tile
+from veilspan.core.norms import ADDED_IN_PLACE
 from veilspan.core.rates import DeviceRates
 
 _FP32 = 4.0  # bytes

@@ -7,11 +7,12 @@ computed in fp32 or wider and added in fp64.
 from __future__ import annotations
 
 import math
-import weakref
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from veilspan.core.gram import GramForm
 
 GRAM_CANCELLATION = 1e-5
 """Below this fraction of (Σ‖a‖‖g‖)² the Gram form has no correct digits left to trust."""
@@ -22,7 +23,6 @@ CANCELLING = 4.0
 ADDED_IN_PLACE = 128
 """Tokens to which a product is added to a sum by the library, which sums as many before it adds."""
 
-_SMALL_TILE, _TILE, _LARGE_TILE = 32, 128, 256  # tokens of a side of a Gram tile
 _CHAIN = 1024  # fp32 sums of squares stay this short; longer chains lose digits of the norm
 
 
@@ -49,11 +49,6 @@ def sq_norms(values_Bx: Tensor) -> Tensor:
     return sq_B
 
 
-def gram_tile(length: int) -> int:
-    """Return the tokens of a side of a Gram tile: small enough that half of them can be skipped."""
-    return min(max(length // 4, _SMALL_TILE), _TILE)
-
-
 def rounding_guard(length: int, dtype: torch.dtype) -> float:
     """Return r such that r·Σ‖a_t‖‖g_t‖ bounds the rounding of a sum of `length` outer products.
 
@@ -66,11 +61,6 @@ def rounding_guard(length: int, dtype: torch.dtype) -> float:
 def _row_norms(rows: Tensor) -> Tensor:
     """Return the L2 norm of each row, fp64, formed in fp32 or wider."""
     return torch.linalg.vector_norm(rows, dim=-1, dtype=compute_dtype(rows.dtype)).double()
-
-
-def _diagonal_roots(gram_Btt: Tensor) -> Tensor:
-    """Return the norms of the rows that a Gram matrix was made of, `[B, t]` fp64."""
-    return gram_Btt.diagonal(dim1=1, dim2=2).double().sqrt()
 
 
 def distinct_sums(ids_T: Tensor, grad_TD: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,30 +94,6 @@ def _add_weighted_(total_OI: Tensor, act_BTI: Tensor, grad_BTO: Tensor, factor_B
         total_OI += torch.mm(grads_On, acts_nI)
 
 
-class _SharedInput:
-    """AAᵀ of the last input, as long as somebody holds it: several maps may have one input.
-
-    As queries, keys and values have, or both halves of a gated MLP.
-    """
-
-    def __init__(self) -> None:
-        self._input: weakref.ref[Tensor] | None = None
-        self._key: tuple[object, ...] = ()
-        self._rows: dict[int, Tensor] = {}
-
-    def __reduce__(self) -> tuple[type[_SharedInput], tuple[()]]:
-        return type(self), ()
-
-    def of(self, act_BTI: Tensor) -> dict[int, Tensor]:
-        """Return rows of tiles of this very input by their first token; empty for a new one."""
-        place = act_BTI.data_ptr(), act_BTI.shape, act_BTI.stride(), act_BTI.dtype
-        key = (*place, act_BTI._version)
-        if self._input is None or self._input() is None or self._key != key:
-            self._rows = {}
-        self._input, self._key = weakref.ref(act_BTI), key
-        return self._rows
-
-
 @dataclass(frozen=True, kw_only=True)
 class BlockedKernel:
     """Norms and clipped sums whose scratch memory is bounded by a budget.
@@ -142,9 +108,10 @@ class BlockedKernel:
     """
 
     block_elements: int = 1 << 22
-    _shared: _SharedInput = field(
-        default_factory=_SharedInput, init=False, repr=False, compare=False
-    )
+    _gram: GramForm = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_gram", GramForm(self.block_elements))
 
     def sq_norm_direct(self, act_BTI: Tensor, grad_BTO: Tensor) -> tuple[Tensor, Tensor]:
         """Return ‖GᵀA‖² and Σ_t ‖a_t‖‖g_t‖ per sample, `[B]` fp64, in blocks of output rows."""
@@ -160,7 +127,7 @@ class BlockedKernel:
         Source: Goodfellow (2015), https://arxiv.org/abs/1510.01799; Li et al. (2022),
         https://arxiv.org/abs/2110.05679.
         """
-        sq_B, size_B = self._gram(act_BTI, grad_BTO)
+        sq_B, size_B = self._gram.sums(act_BTI, grad_BTO, compute_dtype(grad_BTO.dtype))
         hidden_B = sq_B < GRAM_CANCELLATION * size_B.square()
         if bool(hidden_B.any()):
             sq_B = sq_B.clone()
@@ -271,36 +238,3 @@ class BlockedKernel:
         for block_BTo in grad_BTO.split(rows, dim=2):
             sq_B += _row_norms(torch.bmm(block_BTo.mT.to(dtype), act_BTI)).square().sum(1)
         return sq_B
-
-    def _gram(self, act_BTI: Tensor, grad_BTO: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ⟨AAᵀ, GGᵀ⟩ and Σ_t ‖a_t‖‖g_t‖, of which AAᵀ and GGᵀ hold the squares.
-
-        Row by row of tiles, each up to the diagonal; tiles before it count twice.
-        """
-        dtype = compute_dtype(grad_BTO.dtype)
-        batch, length = act_BTI.shape[:2]
-        # A GPU would rather start fewer products than skip some of their work.
-        best = gram_tile(length) if act_BTI.device.type == "cpu" else _LARGE_TILE
-        room = min(self.block_elements // max(1, batch), _LARGE_TILE**2)  # of each sample
-        side = max(1, min(best, math.isqrt(room)))
-        most = max(1, room // side**2) * side
-        of_input = self._shared.of(act_BTI) if length <= most else {}
-        act_BTI, grad_BTO = act_BTI.to(dtype), grad_BTO.to(dtype)
-        sq_B, size_B = grad_BTO.new_zeros((2, batch), dtype=torch.float64)
-        for i in range(0, length, side):
-            rows = slice(i, i + side)
-            for j in range(0, i + side, most):
-                columns = slice(j, min(j + most, i + side))
-                of_acts = of_input.get(i)
-                if of_acts is None:
-                    of_acts = torch.bmm(act_BTI[:, rows], act_BTI[:, columns].mT)
-                    if length <= most:
-                        of_input[i] = of_acts
-                of_grads = torch.bmm(grad_BTO[:, rows], grad_BTO[:, columns].mT)
-                diagonal = slice(i - j, None)  # nothing, before the last columns
-                roots = _diagonal_roots(of_acts[:, :, diagonal])
-                size_B += torch.linalg.vecdot(roots, _diagonal_roots(of_grads[:, :, diagonal]))
-                tiles = of_grads.mul_(of_acts)
-                sq_B += 2.0 * tiles.sum((1, 2), dtype=torch.float64)
-                sq_B -= tiles[:, :, diagonal].sum((1, 2), dtype=torch.float64)
-        return sq_B, size_B
