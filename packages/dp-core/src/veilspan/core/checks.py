@@ -19,6 +19,7 @@ from veilspan.core.protocols import (
     SplitModel,
     split_by_record,
 )
+from veilspan.core.reduction import LocalShards, processes
 
 
 def check_numbers(
@@ -59,7 +60,7 @@ def refuse_mixed_gradients(
     """Refuse what adds up gradients of different records before they are clipped, or never.
 
     Raises:
-        ValueError: If ranks with other records split the model, and nothing adds up their counts.
+        ValueError: If there are ranks with other records, and nothing adds up their sums or counts.
         UnsupportedModelError: Naming a wrapper that averages over ranks, or a parameter that is
             split while each rank has whole sequences.
     """
@@ -67,6 +68,12 @@ def refuse_mixed_gradients(
         raise ValueError(
             "reduction is None, but ranks with other records split the model; pass "
             "reduction=veilspan.parallel.ReplicaReduction(mesh)."
+        )
+    if reduction is None and not isinstance(shards, LocalShards) and processes() > shards.degree:
+        raise ValueError(
+            f"reduction is None, but {processes()} processes train, and a sequence is held by "
+            f"{shards.degree}: the sums of the others would be released on their own, under the "
+            "same noise. Pass reduction=veilspan.parallel.ReplicaReduction(mesh)."
         )
     for name, module in model.named_modules():
         if isinstance(module, DataParallel | DistributedDataParallel | FullyShardedDataParallel):

@@ -7,7 +7,8 @@ the per-sample gradient shard. The norm is taken of the very numbers that are su
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from veilspan.core.backward.base import STORED_SLACK, Workspace
 from veilspan.core.norms import sq_norm
@@ -26,6 +27,8 @@ class SingleSample:
                 f"losses_B holds {len(losses_B)} losses, but backward='single_sample' takes "
                 "micro-batches of one record. Use microbatches(size=1), or backward='per_sample'."
             )
+        if work.shards.degree > 1:
+            _reduce_every_parameter(work.attachment.model)
         losses_B.sum().backward()
         owned, index = work.owned, work.groups.index
         grads = {n: work.shards.local(p.grad) for n, p in owned.items() if p.grad is not None}
@@ -38,3 +41,14 @@ class SingleSample:
         for name, grad in grads.items():
             owned[name].grad = None
             work.sums.add_(name, grad, factors[index[name]])
+
+
+def _reduce_every_parameter(model: nn.Module) -> None:
+    """Let FSDP2 reduce zeros for a parameter that this rank's part of the record did not reach.
+
+    Ranks reach different experts. By default each packs only the gradients it has, so that those of
+    different parameters would be added up. Tapped strategies have no such gradients and need none.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and hasattr(module, "set_reduce_scatter_unused_params"):
+            module.set_reduce_scatter_unused_params(True, recurse=False)  # not before torch 2.13
