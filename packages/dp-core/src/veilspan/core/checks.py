@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,6 +158,25 @@ def require_agreement(together: SplitModel | None, value: int) -> None:
             "The ranks that split the model do not run the same micro-batches: another rank has a "
             "micro-batch more, of another size, or reached other layers. Give every rank the same "
             "number of micro-batches of the same size, as Draw.filled_microbatches does."
+        )
+
+
+def refuse_rounded_products(losses_B: Tensor) -> None:
+    """Refuse a setting of torch that rounds the operands of fp32 products.
+
+    A norm that is formed by another product than the sum could be too small by more than its slack.
+
+    Raises:
+        PrivacyError: If products in fp32 are computed in TF32 or bf16.
+    """
+    backends: Any = torch.backends
+    matmul = backends.cuda.matmul if losses_B.is_cuda else backends.mkldnn.matmul
+    if losses_B.dtype != torch.float64 and matmul.fp32_precision in ("tf32", "bf16"):
+        raise PrivacyError(
+            f"Products of fp32 numbers are computed in {matmul.fp32_precision}, so a norm may be "
+            "too small by more than the clip factor allows for. Call "
+            'torch.set_float32_matmul_precision("highest"), which does not slow bf16 models, or '
+            "use backward='single_sample', whose norm is of the very numbers that are added."
         )
 
 
