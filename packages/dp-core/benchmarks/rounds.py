@@ -6,6 +6,7 @@ On a CPU after each micro-batch; on a GPU, where only one method's state fits, o
 from __future__ import annotations
 
 import collections
+import contextlib
 import gc
 import json
 import math
@@ -157,37 +158,42 @@ def time_rounds(
     names, roster = list(sizes), Roster(shape, sizes)
     times = Times({name: {} for name in names}, {}, {})
     start, plain = time.perf_counter(), names[0]
-    for number in range(limits.rounds + 1):
-        if plain in times.failures or (number and time.perf_counter() - start > limits.seconds):
-            break
-        tokens, turn = shape.tokens(number), number % len(names)
-        running = [n for n in names if n not in times.failures and not _is_slow(times, n, limits)]
-        for name, outcome in roster.round((*running[turn:], *running[:turn]), tokens):
-            if isinstance(outcome, Exception):
-                memory = isinstance(outcome, torch.OutOfMemoryError)
-                if shape.device == "cpu" and not (name.startswith(RIVALS) or memory):
-                    raise outcome
-                times.failures[name] = _reason(outcome)
-                say(f"T={shape.length} round {number}/{limits.rounds} {name}: {_reason(outcome)}")
-                if not (name.startswith(RIVALS) or memory):
-                    traceback.print_exception(outcome)
-                _let_go(outcome)
-                continue
-            taken, peak = outcome
-            times.seconds[name][number] = taken
-            if peak is not None:
-                times.peaks[name] = max(peak, times.peaks.get(name, 0.0))
-            say(f"T={shape.length} round {number}/{limits.rounds} {name}: {taken:.2f} s")
-            if shape.device != "cpu" and time.time() > limits.until:
-                return times
+    # Whoever sets a time may interrupt after it; what was measured by then counts.
+    over = (KeyboardInterrupt,) if math.isfinite(limits.until) else ()
+    with contextlib.suppress(*over):
+        for number in range(limits.rounds + 1):
+            if plain in times.failures or (number and time.perf_counter() - start > limits.seconds):
+                break
+            tokens, turn = shape.tokens(number), number % len(names)
+            running = [
+                n for n in names if n not in times.failures and not _is_slow(times, n, limits)
+            ]
+            for name, outcome in roster.round((*running[turn:], *running[:turn]), tokens):
+                turned = f"T={shape.length} round {number}/{limits.rounds} {name}"
+                if isinstance(outcome, Exception):
+                    times.failures[name] = _failure(name, outcome, raises=shape.device == "cpu")
+                    say(f"{turned}: {times.failures[name]}")
+                    continue
+                taken, peak = outcome
+                times.seconds[name][number] = taken
+                if peak is not None:
+                    times.peaks[name] = max(peak, times.peaks.get(name, 0.0))
+                say(f"{turned}: {taken:.2f} s")
+                if shape.device != "cpu" and time.time() > limits.until:
+                    return times
     return times
 
 
-def _let_go(error: BaseException | None) -> None:
-    """Drop the frames of an error: they hold a method, whose model would stay beside the next."""
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__context__
+def _failure(name: str, error: Exception, *, raises: bool) -> str:
+    """Return why a method failed; what nobody expects is shown, or raised if so wanted."""
+    if not (name.startswith(RIVALS) or isinstance(error, torch.OutOfMemoryError)):
+        if raises:
+            raise error
+        traceback.print_exception(error)
+    chained: BaseException | None = error
+    while chained is not None:  # its frames hold the method, whose model would stay in memory
+        chained.__traceback__, chained = None, chained.__context__
+    return _reason(error)
 
 
 def _reason(error: Exception) -> str:

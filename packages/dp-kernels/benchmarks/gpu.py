@@ -32,11 +32,14 @@ import torch
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 SHARES = {"tests": 0.30, "steps": 0.35}
-"""Part of the time that is left when a part begins; the ops have the rest between them."""
+"""Part of the time that is left: for the tests at first, for whole steps after them. The ops have
+the rest between them, in equal parts."""
 MODELS = {"llama-3.2-1b": 0.45, "llama-3.1-8b": 1.0}
 """Models whose whole steps are measured, each with its part of the time that is left."""
 METHODS = ("plain", "auto", "single_sample", "bookkeeping", "per_layer", "per_layer_triton")
 """Ways of training whose whole steps there is time for; the last one uses the kernels."""
+TOO_LONG = ("torch.compile",)
+"""Contestants of ops whose compiler alone takes longer than an op may."""
 LEAST = 10.0
 """Seconds under which a part is not begun: it would only start Python and the GPU."""
 GRACE = 15.0
@@ -152,13 +155,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _ops(run: Run, folder: Path, scripts: Sequence[Path]) -> dict[str, Any]:
     """Measure every op; return the results by op."""
     results: dict[str, Any] = {}
+    kept = SHARES["steps"] * run.left
     for number, script in enumerate(scripts):
         op = script.stem.removeprefix("bench_")
         written = folder / f".gpu_{op}.json"
         written.unlink(missing_ok=True)
-        share = (1.0 - SHARES["steps"]) / (len(scripts) - number)
+        share = max(0.0, 1.0 - kept / run.left) / (len(scripts) - number) if run.left > 0 else 0.0
         command = [*_python(str(script)), "--output", str(written), "--rounds", "10"]
-        command += ["--seconds", "2", "--until", "{until}"]
+        command += ["--seconds", "2", "--until", "{until}", "--without", *TOO_LONG]
         run.start(op, command, share, folder=HERE)
         if written.exists():
             results[op] = json.loads(written.read_text())

@@ -13,7 +13,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ def main(op: str, cases: Cases) -> None:
     parser.add_argument("--output", type=Path, help="write JSON here")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=20.0, help="most time for one case")
+    parser.add_argument("--without", nargs="*", default=[], help="contestants to leave out")
     parser.add_argument("--until", type=float, default=math.inf, help="Unix time: no case after it")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     arguments = parser.parse_args()
@@ -72,6 +73,8 @@ def main(op: str, cases: Cases) -> None:
             if time.time() > arguments.until:
                 result["stopped"] = "no time was left for further cases"
                 break
+            wanted = {n: call for n, call in case.contestants.items() if n not in arguments.without}
+            case = replace(case, contestants=wanted)
             found = measure(case, device, rounds=arguments.rounds, seconds=arguments.seconds)
             print(table(found), flush=True)
             result["cases"].append(found)

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -116,6 +116,29 @@ def test_a_failing_test_is_a_failing_run_but_the_rest_is_measured(
     assert result["parts"]["steps llama-3.1-8b"] == "ok"
 
 
+def test_ops_that_use_up_their_time_leave_whole_steps_theirs(
+    script: ModuleType, commands: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    clock, limits = [0.0], dict[str, float]()
+
+    def run_within(command: list[str], limit: float, folder: Path) -> tuple[int | None, str]:
+        name = next(Path(a).stem for a in command if "bench_" in a or a.endswith("tests"))
+        limits.setdefault(name, limit)
+        clock[0] += limit
+        return None, ""
+
+    monkeypatch.setattr(script.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(script, "run_within", run_within)
+    monkeypatch.setattr(script.torch.cuda, "get_device_name", lambda: "H100")
+    assert script.main(["--output", str(tmp_path)]) == 1
+    after_tests = 540.0 - script.GRACE - limits.pop("tests")
+    steps = limits.pop("bench_grid") / script.MODELS["llama-3.2-1b"]
+    assert steps == pytest.approx(script.SHARES["steps"] * after_tests)
+    assert max(limits.values()) == pytest.approx(min(limits.values()))
+    assert clock[0] <= 540.0
+
+
 SLOW = """
 import subprocess, sys, time
 deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
@@ -179,7 +202,7 @@ def measured(
     harness: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     output: Path,
-    calls: list[Callable[[], object]],
+    calls: Sequence[Callable[[], object]],
     *options: str,
 ) -> dict[str, Any]:
     arguments = ["bench", "--output", str(output), "--rounds", "1", *options]
@@ -210,6 +233,14 @@ def test_a_kernel_that_fails_is_recorded_and_hides_nothing(
     assert "other" in first["rows"]
     assert set(third["rows"]) == {"veilspan", "other"}
     assert result["stopped"] == "MemoryError: no room for the operands of the next case"
+
+
+def test_contestants_may_be_left_out(
+    harness: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    output, calls = tmp_path / "op.json", [lambda: None]
+    result = measured(harness, monkeypatch, output, calls, "--without", "other", "another")
+    assert set(result["cases"][0]["rows"]) == {"veilspan"}
 
 
 def test_no_case_begins_when_time_is_over(

@@ -6,6 +6,9 @@ the per-sample gradient shard. The norm is taken of the very numbers that are su
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -27,9 +30,8 @@ class SingleSample:
                 f"losses_B holds {len(losses_B)} losses, but backward='single_sample' takes "
                 "micro-batches of one record. Use microbatches(size=1), or backward='per_sample'."
             )
-        if work.shards.degree > 1:
-            _reduce_every_parameter(work.attachment.model)
-        losses_B.sum().backward()
+        with _every_parameter_reduced(work.attachment.model, work.shards.degree):
+            losses_B.sum().backward()
         owned, index = work.owned, work.groups.index
         grads = {n: work.shards.local(p.grad) for n, p in owned.items() if p.grad is not None}
         sq_norm_M = torch.zeros(len(work.groups), dtype=torch.float64, device=losses_B.device)
@@ -43,12 +45,19 @@ class SingleSample:
             work.sums.add_(name, grad, factors[index[name]])
 
 
-def _reduce_every_parameter(model: nn.Module) -> None:
+@contextmanager
+def _every_parameter_reduced(model: nn.Module, degree: int) -> Iterator[None]:
     """Let FSDP2 reduce zeros for a parameter that this rank's part of the record did not reach.
 
     Ranks reach different experts. By default each packs only the gradients it has, so that those of
     different parameters would be added up. Tapped strategies have no such gradients and need none.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule) and hasattr(module, "set_reduce_scatter_unused_params"):
-            module.set_reduce_scatter_unused_params(True, recurse=False)  # not before torch 2.13
+    split = [m for m in model.modules() if isinstance(m, FSDPModule)] if degree > 1 else []
+    split = [m for m in split if hasattr(m, "set_reduce_scatter_unused_params")]  # torch 2.13
+    for module in split:
+        module.set_reduce_scatter_unused_params(True, recurse=False)
+    try:
+        yield
+    finally:
+        for module in split:
+            module.set_reduce_scatter_unused_params(False, recurse=False)
