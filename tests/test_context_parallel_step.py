@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.fsdp import FSDPModule
 
 from veilspan.parallel.testing import run_ranks_once
 
@@ -133,8 +134,30 @@ def test_pitfall_02_an_empty_draw_is_a_step_with_noise(found, mesh):
 @pytest.mark.parametrize("mesh", ["1x2", "1x4", "2x2"])
 def test_pitfall_35_a_parameter_that_every_context_rank_holds_is_refused(found, mesh):
     for report in found[mesh]:
-        assert "held whole by each of the" in report["unsharded"]
-        assert "shard_model" in report["unsharded"]
+        assert "held whole by each of the" in report["refusals"]["unsharded"]
+        assert "shard_model" in report["refusals"]["unsharded"]
+
+
+@pytest.mark.parametrize("mesh", ["2x1", "2x2"])
+def test_pitfall_32_replicas_that_would_part_are_refused(found, mesh):
+    """By noise of their own, or by sums that nobody adds up."""
+    for report in found[mesh]:
+        assert "pass noise=GaussianNoise(key)" in report["refusals"]["own noise"]
+        assert "reduction=veilspan.parallel.Replica" in report["refusals"]["no reduction"]
+
+
+def test_one_process_needs_neither_a_common_key_nor_a_reduction(found):
+    for report in found["1x1"]:
+        assert set(report["refusals"].values()) == {"nothing was raised"}
+
+
+@pytest.mark.skipif(
+    not hasattr(FSDPModule, "set_reduce_scatter_unused_params"),
+    reason="this torch reduces only the gradients that a rank has",
+)
+@on_every_mesh
+def test_experts_that_only_some_ranks_reach_get_their_own_gradients(found, mesh):
+    assert all(report["routed"] <= 1e-10 for report in found[mesh])
 
 
 @pytest.mark.parametrize("mesh", ["2x1", "2x2"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from veilspan.core import (
+    Flat,
     GaussianNoise,
     PerBlock,
     PerLayer,
@@ -217,10 +219,53 @@ def empty_draws(mesh: ParallelMesh) -> dict[str, Any]:
     }
 
 
-def unsharded(mesh: ParallelMesh) -> str:
-    """A model that nobody sharded must not get as far as a step."""
+class Routed(nn.Module):
+    """Experts that are modules of their own: each serves the tokens of one sign."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        first = x_BTI[..., 0] > 0
+        outputs = torch.zeros_like(x_BTI)
+        for served, expert in zip((first, ~first), self.experts, strict=True):
+            if served.any():
+                outputs[served] = expert(x_BTI[served])
+        return outputs
+
+
+def routed(mesh: ParallelMesh) -> float:
+    """Relative error where the tokens of each rank reach other experts of the same size."""
+    torch.manual_seed(0)
+    block, x_BTI = Routed().double(), torch.randn(1, 8, 8).double()
+    x_BTI[:, :4, 0], x_BTI[:, 4:, 0] = 1.0, -1.0
+    block(x_BTI).square().sum().backward()
+    model = nn.Sequential(nn.ModuleList([block]))
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    step = private_step(shard_model(model, mesh), mesh, clipping=Flat(clip_norm=1e6))
+    layout = Layout(length=8, ranks=mesh.context_degree)
+    with step:
+        if mesh.replicate_rank == 0:
+            part = layout.take(x_BTI, mesh.context_rank, 1)
+            step.backward(block(part).square().sum((1, 2)))
+    return relative(whole(step), expected)
+
+
+def refusals(mesh: ParallelMesh) -> dict[str, str]:
+    """What must not get as far as a step: a model nobody sharded, replicas that would part."""
+    model = shard_model(Wide(), mesh)
+    return {
+        "unsharded": said(lambda: private_step(Wide(), mesh)),
+        "own noise": said(lambda: private_step(model, mesh, noise_multiplier=1.0)),
+        "no reduction": said(lambda: private_step(model, mesh, reduction=None)),
+    }
+
+
+def said(call: Callable[[], Any]) -> str:
     try:
-        private_step(Wide(), mesh)
+        call()
     except ValueError as error:
         return str(error)
     return "nothing was raised"
@@ -255,7 +300,8 @@ def body(arguments: list[str]) -> dict[str, Any]:
             "noise": noise(mesh),
             "twenty steps": twenty_steps(mesh),
             "empty draws": empty_draws(mesh),
-            "unsharded": unsharded(mesh) if context > 1 else "",
+            "routed": routed(mesh),
+            "refusals": refusals(mesh),
             "split over replicas": split_over_replicas(mesh) if replicate > 1 else [],
         }
     return found

@@ -17,7 +17,9 @@ rules in `cells.py`, and the file says why. The file is written after every cell
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -44,6 +46,9 @@ def parse() -> argparse.Namespace:
         "--cell-seconds", type=float, help="then no further round; default by scale"
     )
     parser.add_argument("--minutes", type=float, help="then no further cell")
+    parser.add_argument(
+        "--until", type=float, default=math.inf, help="Unix time; then no further cell or method"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory (CPU)")
     parser.add_argument(
         "--only-memory", action="store_true", help="only add peak memory to the cells of the file"
@@ -67,6 +72,9 @@ def parse() -> argparse.Namespace:
 def measure(cell: Cell, options: argparse.Namespace, shorter: Experience) -> dict[str, Any]:
     """Return the result of one cell."""
     names = options.methods or SCALES[cell.scale].methods
+    if options.device == "cuda":  # `auto` counts what the cell before has left behind as used
+        gc.collect()
+        torch.cuda.empty_cache()
     found = entries(cell, names, shorter)
     running = {
         name: (entry.method, entry.size)
@@ -74,7 +82,7 @@ def measure(cell: Cell, options: argparse.Namespace, shorter: Experience) -> dic
         if entry.same_as is None and entry.skipped is None
     }
     seconds = options.cell_seconds or SCALES[cell.scale].seconds
-    limits = Limits(rounds=options.rounds, seconds=seconds, slow=SLOW)
+    limits = Limits(rounds=options.rounds, seconds=seconds, until=options.until, slow=SLOW)
     times = time_rounds(cell.shape, running, limits, lambda line: print(line, flush=True))
     plain = times.settled("plain").values()
     micro_batch = min(plain, default=0.0) * cell.size / cell.shape.records
@@ -158,7 +166,8 @@ def fresh(options: argparse.Namespace) -> dict[str, Any]:
     """Return a result file without cells: the machine, and how exact each method's gradient is."""
     errors = {}
     if options.device == "cpu":
-        flat = [n for n in METHODS if n not in ("plain", "per_layer") and not why_absent(n)]
+        others = ("plain", "per_layer", "per_layer_triton", "bookkeeping_triton")
+        flat = [n for n in METHODS if n not in others and not why_absent(n)]
         for family in ("llama", "gpt2"):
             shape = Shape(length=33, family=family, **QUICK)
             errors[family] = gradient_errors(shape, flat, 2)
@@ -186,6 +195,9 @@ def main() -> None:
     for cell in chosen_cells(options) if not options.only_memory else []:
         if options.minutes and time.perf_counter() - start > 60 * options.minutes:
             print(f"{options.minutes:g} minutes are over; --continue measures the other cells")
+            break
+        if time.time() > options.until:
+            print("no time is left; --continue measures the other cells")
             break
         if cell.key in done:
             continue

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from models import Shape
 from torch import Tensor, nn
 
-from veilspan.core import Flat, PerLayer, PrivateStep, Sketch
+from veilspan.core import Flat, PerLayer, PrivateStep, Sketch, new_key
 from veilspan.core.opacus import use_veilspan_norms
 
 CLIP_NORM = 1.0
@@ -60,7 +60,10 @@ class Plain:
 
 
 class Veilspan:
-    """Our private step with one strategy and one norm method; `per_layer` clips each layer."""
+    """Our private step with one strategy and one norm method; `per_layer` clips each layer.
+
+    On a GPU the noise is drawn there: drawn on the CPU, it takes longer than the rest of a step.
+    """
 
     def __init__(
         self,
@@ -70,7 +73,13 @@ class Veilspan:
         *,
         backward: str,
         norms: str | Sketch = "auto",
+        triton: bool = False,
     ) -> None:
+        on_gpu: dict[str, Any] = {}
+        if shape.device != "cpu":
+            kernels = importlib.import_module("veilspan.kernels")
+            on_gpu["noise"] = kernels.TritonNoise(new_key())
+            on_gpu["kernel"] = kernels.TritonKernel() if triton else None
         self.model = shape.model()
         self._optimizer = shape.optimizer_of(self.model)
         self._shape, self._size = shape, size
@@ -82,6 +91,7 @@ class Veilspan:
             expected_batch_size=shape.records,
             backward=backward,
             norms=norms,
+            **on_gpu,
         )
 
     def choice(self, size: int, length: int) -> str:
@@ -245,6 +255,12 @@ METHODS: dict[str, Callable[[Shape, int, float], Method]] = {
             shape, size, noise, backward=name, norms=Sketch()
         )
         for name in ("bookkeeping", "two_pass")
+    },
+    **{
+        f"{name}_triton": lambda shape, size, noise, name=name: Veilspan(
+            shape, size, noise, backward=name, triton=True
+        )
+        for name in ("bookkeeping", "per_layer")
     },
     "opacus_hooks": OpacusHooks,
     "opacus_ghost": OpacusGhost,

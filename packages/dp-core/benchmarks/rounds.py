@@ -6,6 +6,7 @@ On a CPU after each micro-batch; on a GPU, where only one method's state fits, o
 from __future__ import annotations
 
 import collections
+import contextlib
 import gc
 import json
 import math
@@ -13,7 +14,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,12 +37,14 @@ class Limits:
     Args:
         rounds: Timed rounds, at most.
         seconds: No further round starts after this many.
+        until: Unix time after which, on a GPU, no further method starts.
         slow: A method that many times slower than plain training takes part in two rounds, `VERY`
             times that in one.
     """
 
     rounds: int
     seconds: float = float("inf")
+    until: float = float("inf")
     slow: float = float("inf")
 
 
@@ -84,11 +88,11 @@ class Roster:
         self._shape, self._sizes = shape, sizes
         self._kept: dict[str, Method] = {}
 
-    def round(self, names: Sequence[str], tokens: torch.Tensor) -> dict[str, Outcome]:
+    def round(self, names: Sequence[str], tokens: torch.Tensor) -> Iterable[tuple[str, Outcome]]:
         """Train each method on one logical batch, after something small or one micro-batch."""
         if self._shape.device == "cpu":
-            return self._in_turns(names, tokens)
-        return {name: self._whole(name, tokens) for name in names}
+            return self._in_turns(names, tokens).items()
+        return ((name, self._whole(name, tokens)) for name in names)
 
     def _in_turns(self, names: Sequence[str], tokens: torch.Tensor) -> dict[str, Outcome]:
         found: dict[str, Outcome] = {}
@@ -141,7 +145,8 @@ def time_rounds(
     """Return the seconds of one logical batch per round, for each method.
 
     The order rotates by one from turn to turn and from round to round. A rival that fails is left
-    out from then on, and so is any method that runs out of memory; an error of our own is raised.
+    out from then on, and so is any method that runs out of memory, and on a GPU any that fails: the
+    others are measured. Elsewhere an error of our own is raised.
 
     Args:
         shape: The model and the logical batch.
@@ -153,24 +158,47 @@ def time_rounds(
     names, roster = list(sizes), Roster(shape, sizes)
     times = Times({name: {} for name in names}, {}, {})
     start, plain = time.perf_counter(), names[0]
-    for number in range(limits.rounds + 1):
-        if plain in times.failures or (number and time.perf_counter() - start > limits.seconds):
-            break
-        tokens, turn = shape.tokens(number), number % len(names)
-        running = [n for n in names if n not in times.failures and not _is_slow(times, n, limits)]
-        for name, outcome in roster.round((*running[turn:], *running[:turn]), tokens).items():
-            if isinstance(outcome, Exception):
-                if not (name.startswith(RIVALS) or isinstance(outcome, torch.OutOfMemoryError)):
-                    raise outcome
-                first_line = str(outcome).splitlines()[0][:200]
-                times.failures[name] = f"{type(outcome).__name__}: {first_line}"
-                continue
-            taken, peak = outcome
-            times.seconds[name][number] = taken
-            if peak is not None:
-                times.peaks[name] = max(peak, times.peaks.get(name, 0.0))
-            say(f"T={shape.length} round {number}/{limits.rounds} {name}: {taken:.2f} s")
+    # Whoever sets a time may interrupt after it; what was measured by then counts.
+    over = (KeyboardInterrupt,) if math.isfinite(limits.until) else ()
+    with contextlib.suppress(*over):
+        for number in range(limits.rounds + 1):
+            if plain in times.failures or (number and time.perf_counter() - start > limits.seconds):
+                break
+            tokens, turn = shape.tokens(number), number % len(names)
+            running = [
+                n for n in names if n not in times.failures and not _is_slow(times, n, limits)
+            ]
+            for name, outcome in roster.round((*running[turn:], *running[:turn]), tokens):
+                turned = f"T={shape.length} round {number}/{limits.rounds} {name}"
+                if isinstance(outcome, Exception):
+                    times.failures[name] = _failure(name, outcome, raises=shape.device == "cpu")
+                    say(f"{turned}: {times.failures[name]}")
+                    continue
+                taken, peak = outcome
+                times.seconds[name][number] = taken
+                if peak is not None:
+                    times.peaks[name] = max(peak, times.peaks.get(name, 0.0))
+                say(f"{turned}: {taken:.2f} s")
+                if shape.device != "cpu" and time.time() > limits.until:
+                    return times
     return times
+
+
+def _failure(name: str, error: Exception, *, raises: bool) -> str:
+    """Return why a method failed; what nobody expects is shown, or raised if so wanted."""
+    if not (name.startswith(RIVALS) or isinstance(error, torch.OutOfMemoryError)):
+        if raises:
+            raise error
+        traceback.print_exception(error)
+    chained: BaseException | None = error
+    while chained is not None:  # its frames hold the method, whose model would stay in memory
+        chained.__traceback__, chained = None, chained.__context__
+    return _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    """Return one line that says what went wrong."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
 
 
 def _is_slow(times: Times, name: str, limits: Limits) -> bool:
@@ -244,7 +272,7 @@ def gradient_errors(shape: Shape, names: Sequence[str], size: int) -> dict[str, 
         except Exception as error:
             if not name.startswith(RIVALS):
                 raise
-            errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            errors[name] = _reason(error)
             continue
         parameters = method.model.named_parameters()
         found = {

@@ -327,6 +327,42 @@ def test_a_plain_backward_inside_of_a_step_is_refused():
     assert model.weight.grad is None
 
 
+@pytest.mark.parametrize("backward", ["single_sample", *TAPPED, "bookkeeping"])
+def test_pitfall_19_the_callers_autocast_rounds_no_norm(backward):
+    """Whoever calls step.backward inside of the autocast of the forward pass gets the same sum."""
+
+    def mean_gradient(inside):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 8))
+        step = attach(model, backward=backward)
+        with step:
+            with torch.autocast("cpu", torch.bfloat16):
+                losses_B = model(torch.randn(1, 64, 32)).float().square().sum((1, 2))
+                if inside:
+                    step.backward(losses_B)
+            if not inside:
+                step.backward(losses_B)
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    assert torch.equal(mean_gradient(True), mean_gradient(False))
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_pitfall_19_products_that_round_fp32_operands_are_refused(precision):
+    torch.set_float32_matmul_precision(precision)
+    try:
+        model = nn.Linear(3, 2)
+        step = attach(model, backward="two_pass")
+        with pytest.raises(PrivacyError, match="set_float32_matmul_precision"), step:
+            step.backward(square_losses(model, torch.randn(2, 3)))
+        step.detach()
+        alone = attach(model, backward="single_sample")
+        with alone:  # the norm is of what is added, however it was rounded
+            alone.backward(square_losses(model, torch.randn(1, 3)))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_pitfall_35_parameters_split_over_ranks_need_their_shards(tmp_path):
     meeting = f"file://{tmp_path / 'ranks'}"
     dist.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -56,24 +57,47 @@ def main(op: str, cases: Cases) -> None:
     parser.add_argument("--output", type=Path, help="write JSON here")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=20.0, help="most time for one case")
+    parser.add_argument("--without", nargs="*", default=[], help="contestants to leave out")
+    parser.add_argument("--until", type=float, default=math.inf, help="Unix time: no case after it")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    measured = [
-        measure(case, device, rounds=arguments.rounds, seconds=arguments.seconds)
-        for case in cases(device, arguments.quick)
-    ]
-    result = {
+    result: dict[str, Any] = {
         "benchmark": op,
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(device),
-        "cases": measured,
+        "cases": [],
     }
-    for case in measured:
-        print(table(case))
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    try:
+        for case in cases(device, arguments.quick):
+            if time.time() > arguments.until:
+                result["stopped"] = "no time was left for further cases"
+                break
+            wanted = {n: call for n, call in case.contestants.items() if n not in arguments.without}
+            case = replace(case, contestants=wanted)
+            found = measure(case, device, rounds=arguments.rounds, seconds=arguments.seconds)
+            print(table(found), flush=True)
+            result["cases"].append(found)
+            write(result, arguments.output)  # what comes after may fail, or be stopped
+    except Exception as error:
+        result["stopped"] = reason(error)
+        raise
+    finally:
+        write(result, arguments.output)
+
+
+def write(result: Mapping[str, Any], path: Path | None) -> None:
+    """Write a result as a whole or not at all, if a path is given."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".draft")
+        draft.write_text(json.dumps(result, indent=1) + "\n")
+        draft.replace(path)
+
+
+def reason(error: Exception) -> str:
+    """Return one line that says what went wrong."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def measure(case: Case, device: torch.device, *, rounds: int, seconds: float) -> dict[str, Any]:
@@ -90,8 +114,8 @@ def measure(case: Case, device: torch.device, *, rounds: int, seconds: float) ->
                 continue
             try:
                 elapsed = timed(call, sweep)
-            except (RuntimeError, MemoryError, NotImplementedError) as error:
-                failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            except Exception as error:  # Triton's, of compiler and launch, are of no narrower class
+                failures[name] = reason(error)
                 times.pop(name, None)
                 continue
             if number:

@@ -15,8 +15,8 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_conformance_suite_of_core_passes(dtype: torch.dtype) -> None:
-    conformance.assert_kernel_conforms(TritonKernel(), dtype=dtype)
+def test_the_conformance_suite_of_core_passes(dtype: torch.dtype, device: torch.device) -> None:
+    conformance.assert_kernel_conforms(TritonKernel(), dtype=dtype, device=device)
 
 
 def test_it_fits_the_seam() -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from veilspan.kernels import clipped_sum, direct_norm, per_sample_grad
+from veilspan.kernels import clipped_sum, direct_norm, launch, per_sample_grad
 from veilspan.kernels.launch import ARCHITECTURES, Configuration, configured
 from veilspan.kernels.testing import random
 from veilspan.kernels.tiles import plan
 
+RECORD = Path(__file__).with_name("compiled.json")
 OPS = ["clipped_sum", "direct_norm", "per_sample_grad"]
 
 
@@ -69,6 +73,31 @@ def test_long_samples_go_to_the_library_unless_they_are_fp32(op: str, table: str
     assert configured(op, table, tokens=8192, bytes=2, **sizes).route == "library"
     assert configured(op, table, tokens=512, bytes=2, **sizes).route == "kernel"
     assert configured(op, table, tokens=8192, bytes=4, **sizes).route == "kernel"
+
+
+@pytest.mark.parametrize(
+    ("major", "minor", "shared", "rows_of"),
+    [
+        (8, 0, 163, "sm_80"),
+        (8, 9, 99, "sm_80"),
+        (9, 0, 227, "sm_90"),
+        (10, 0, 227, "sm_90"),
+        (12, 0, 99, "sm_80"),
+    ],
+)
+def test_a_gpu_gets_blocks_that_its_shared_memory_holds(
+    major: int, minor: int, shared: int, rows_of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    properties = SimpleNamespace(
+        major=major, minor=minor, shared_memory_per_block_optin=shared * 1024
+    )
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch.torch.version, "hip", None)
+    monkeypatch.setattr(launch.torch.cuda, "get_device_properties", lambda _: properties)
+    table = launch.architecture(torch.device("cuda"))
+    assert launch.rows("direct_norm", table) == launch.rows("direct_norm", rows_of)
+    most = max(row["shared"] for row in json.loads(RECORD.read_text())[rows_of].values())
+    assert most <= shared * 1024
 
 
 def test_the_route_of_the_table_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,8 @@ def test_a_mask_that_hides_tokens_is_refused_after_sharding():
     model(ids, attention_mask=torch.ones(1, 4))
     with pytest.raises(ValueError, match=r"attention_mask hides tokens.*on the right"):
         model(ids, attention_mask=torch.tensor([[0, 1, 1, 1]]))
+    with pytest.raises(ValueError, match=r"attention_mask hides tokens.*on the right"):
+        model(ids, torch.tensor([[0, 1, 1, 1]]))
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,8 @@ def _seams(recipe: Recipe, processes: Processes) -> dict[str, Any]:
 def _chosen(parts: Parts, processes: Processes) -> Microbatch:
     """Ask the cost model, through a step that is taken off again before anything is trained."""
     recipe = parts.recipe
-    step = PrivateStep(parts.model, **_mechanism(parts), **_seams(recipe, processes))
+    noise = GaussianNoise(new_key())  # never drawn
+    step = PrivateStep(parts.model, **_mechanism(parts), **_seams(recipe, processes), noise=noise)
     try:
         cost = count_cost(recipe, load_tokenizer(recipe))
         memory = memory_forecast(recipe, cost, microbatch_size=1)

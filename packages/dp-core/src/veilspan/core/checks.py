@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from veilspan.core.protocols import (
     SplitModel,
     split_by_record,
 )
+from veilspan.core.reduction import LocalShards, processes
 
 
 def check_numbers(
@@ -59,7 +61,7 @@ def refuse_mixed_gradients(
     """Refuse what adds up gradients of different records before they are clipped, or never.
 
     Raises:
-        ValueError: If ranks with other records split the model, and nothing adds up their counts.
+        ValueError: If there are ranks with other records, and nothing adds up their sums or counts.
         UnsupportedModelError: Naming a wrapper that averages over ranks, or a parameter that is
             split while each rank has whole sequences.
     """
@@ -67,6 +69,12 @@ def refuse_mixed_gradients(
         raise ValueError(
             "reduction is None, but ranks with other records split the model; pass "
             "reduction=veilspan.parallel.ReplicaReduction(mesh)."
+        )
+    if reduction is None and not isinstance(shards, LocalShards) and processes() > shards.degree:
+        raise ValueError(
+            f"reduction is None, but {processes()} processes train, and a sequence is held by "
+            f"{shards.degree}: the sums of the others would be released on their own, under the "
+            "same noise. Pass reduction=veilspan.parallel.ReplicaReduction(mesh)."
         )
     for name, module in model.named_modules():
         if isinstance(module, DataParallel | DistributedDataParallel | FullyShardedDataParallel):
@@ -150,6 +158,25 @@ def require_agreement(together: SplitModel | None, value: int) -> None:
             "The ranks that split the model do not run the same micro-batches: another rank has a "
             "micro-batch more, of another size, or reached other layers. Give every rank the same "
             "number of micro-batches of the same size, as Draw.filled_microbatches does."
+        )
+
+
+def refuse_rounded_products(losses_B: Tensor) -> None:
+    """Refuse a setting of torch that rounds the operands of fp32 products.
+
+    A norm that is formed by another product than the sum could be too small by more than its slack.
+
+    Raises:
+        PrivacyError: If products in fp32 are computed in TF32 or bf16.
+    """
+    backends: Any = torch.backends
+    matmul = backends.cuda.matmul if losses_B.is_cuda else backends.mkldnn.matmul
+    if losses_B.dtype != torch.float64 and matmul.fp32_precision in ("tf32", "bf16"):
+        raise PrivacyError(
+            f"Products of fp32 numbers are computed in {matmul.fp32_precision}, so a norm may be "
+            "too small by more than the clip factor allows for. Call "
+            'torch.set_float32_matmul_precision("highest"), which does not slow bf16 models, or '
+            "use backward='single_sample', whose norm is of the very numbers that are added."
         )
 
 

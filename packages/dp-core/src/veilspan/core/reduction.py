@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from veilspan.core.errors import UnsupportedModelError
+from veilspan.core.noise import GaussianNoise, new_key
+from veilspan.core.protocols import GradientReduction
 
 
 class LocalShards:
@@ -50,3 +53,25 @@ class NoReduction:
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Leave `tensors` unchanged."""
+
+
+def own_noise(reduction: GradientReduction | None, noise_multiplier: float) -> GaussianNoise:
+    """Return noise under a fresh key, where no other process must have the same.
+
+    Raises:
+        ValueError: If replicas would draw noise of their own: each would release the same sum once
+            more, and what their models have in common has less noise than is counted.
+    """
+    ranks = processes()
+    if ranks > 1 and reduction is not None and noise_multiplier > 0:
+        raise ValueError(
+            f"noise is None, so each of {ranks} processes would draw a key of its own: replicas, "
+            "and adaptive thresholds, would part. Draw new_key() on one process, send it to the "
+            "others (veilspan.parallel.broadcast_bytes), and pass noise=GaussianNoise(key)."
+        )
+    return GaussianNoise(new_key())
+
+
+def processes() -> int:
+    """Return the number of processes that torch.distributed knows of; 1 before it is started."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -23,11 +23,10 @@ from veilspan.core.checks import (
 from veilspan.core.errors import PrivacyError
 from veilspan.core.explain import explain
 from veilspan.core.groups import Clipping
-from veilspan.core.noise import GaussianNoise, new_key
 from veilspan.core.norms import BlockedKernel
 from veilspan.core.plan import Wishes, plan_for
 from veilspan.core.protocols import GradientReduction, NoiseSource, NormKernel, SequenceShards
-from veilspan.core.reduction import LocalShards, NoReduction
+from veilspan.core.reduction import LocalShards, NoReduction, own_noise
 from veilspan.core.release import GaussianMechanism, Release, with_thresholds
 from veilspan.core.sketch import Sketch
 from veilspan.core.sums import ClippedSum, accumulator_named
@@ -53,7 +52,8 @@ class PrivateStep:
         memory_budget: Bytes that `auto` may use beyond an ordinary backward pass; half of what is
             free now unless given.
         kernel: Per-sample arithmetic.
-        noise: Noise source; a cryptographic stream with a fresh secret key unless given.
+        noise: Noise source; a cryptographic stream with a fresh secret key unless given. Replicas
+            need one key.
         shards: Who holds the rest of each sample and parameter; by default everything is here.
         reduction: Sum over replicas, once per logical batch.
         on_release: Called with each `Release` before its noise exists; raising prevents it.
@@ -118,7 +118,7 @@ class PrivateStep:
         modules = list(owned_modules(model, kernel if may_tap else None))
         groups = clipping.resolve({name: p.numel() for name, p in owned.items()})
         self._mechanism = GaussianMechanism(
-            noise or GaussianNoise(new_key()),
+            noise or own_noise(reduction, self.noise_multiplier),
             noise_multiplier=self.noise_multiplier,
             expected_batch_size=self.expected_batch_size,
             adaptive=clipping.adaptive,

@@ -22,6 +22,9 @@ from veilspan.kernels.compat import INTERPRETED
 ARCHITECTURES = ("sm_90", "sm_80")
 """GPU architectures with tables of their own, newest first."""
 
+_SHARED_SM_90 = 227 * 1024
+"""Shared memory that a program may have on an H100, bytes; what came later may have less."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
@@ -139,8 +142,11 @@ def architecture(device: torch.device) -> str:
         return "interpreter"
     if torch.version.hip is not None:
         return "default"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{10 * major + minor}"
+    found = torch.cuda.get_device_properties(device)
+    number = 10 * found.major + found.minor
+    if number > 90 and found.shared_memory_per_block_optin < _SHARED_SM_90:
+        return "sm_89"  # workstation GPUs keep the shared memory of that generation
+    return f"sm_{number}"
 
 
 def _older(table: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial, wraps
 from itertools import chain
@@ -173,8 +174,12 @@ def _refuse_padding_masks(model: nn.Module) -> None:
     if getattr(config, "_attn_implementation", None) != ATTENTION_NAME:
         return
 
-    def check(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
+    signature = inspect.signature(model.forward)
+
+    def check(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        # Hugging Face's decoders take the mask as their second positional argument too.
+        given = signature.bind_partial(*args, **kwargs).arguments
+        mask = given.get("attention_mask", kwargs.get("attention_mask"))
         if mask is not None and not bool(mask.all()):
             raise ValueError(
                 f"attention_mask hides tokens, but {ATTENTION_NAME} is causal and takes no mask: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from veilspan.core.backward.base import Backward, Workspace
@@ -10,7 +11,7 @@ from veilspan.core.backward.per_sample import PerSample
 from veilspan.core.backward.reach import reaches_its_record_alone
 from veilspan.core.backward.single_sample import SingleSample
 from veilspan.core.backward.two_pass import TwoPass
-from veilspan.core.checks import second_pass_explained
+from veilspan.core.checks import refuse_rounded_products, second_pass_explained
 
 __all__ = ["STRATEGIES", "Backward", "Workspace", "probe", "run_micro_batch"]
 
@@ -34,8 +35,12 @@ def probe(work: Workspace, losses_B: Tensor) -> None:
 def run_micro_batch(work: Workspace, losses_B: Tensor) -> None:
     """Probe the first micro-batch of several records, then run the strategy of this one."""
     batch = work.attachment.micro_batch
+    strategy = STRATEGIES[batch.strategy if batch else "single_sample"]
+    if strategy.tapped:
+        refuse_rounded_products(losses_B)
     work.measure.begin()
-    with second_pass_explained():
+    # Under the caller's autocast, norms and sums would be products of operands rounded to bf16.
+    with second_pass_explained(), torch.autocast(losses_B.device.type, enabled=False):
         if not work.separable:
             probe(work, losses_B)
-        STRATEGIES[batch.strategy if batch else "single_sample"].run(work, losses_B)
+        strategy.run(work, losses_B)

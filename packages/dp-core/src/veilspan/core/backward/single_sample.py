@@ -6,8 +6,12 @@ the per-sample gradient shard. The norm is taken of the very numbers that are su
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from veilspan.core.backward.base import STORED_SLACK, Workspace
 from veilspan.core.norms import sq_norm
@@ -26,7 +30,8 @@ class SingleSample:
                 f"losses_B holds {len(losses_B)} losses, but backward='single_sample' takes "
                 "micro-batches of one record. Use microbatches(size=1), or backward='per_sample'."
             )
-        losses_B.sum().backward()
+        with _every_parameter_reduced(work.attachment.model, work.shards.degree):
+            losses_B.sum().backward()
         owned, index = work.owned, work.groups.index
         grads = {n: work.shards.local(p.grad) for n, p in owned.items() if p.grad is not None}
         sq_norm_M = torch.zeros(len(work.groups), dtype=torch.float64, device=losses_B.device)
@@ -38,3 +43,21 @@ class SingleSample:
         for name, grad in grads.items():
             owned[name].grad = None
             work.sums.add_(name, grad, factors[index[name]])
+
+
+@contextmanager
+def _every_parameter_reduced(model: nn.Module, degree: int) -> Iterator[None]:
+    """Let FSDP2 reduce zeros for a parameter that this rank's part of the record did not reach.
+
+    Ranks reach different experts. By default each packs only the gradients it has, so that those of
+    different parameters would be added up. Tapped strategies have no such gradients and need none.
+    """
+    split = [m for m in model.modules() if isinstance(m, FSDPModule)] if degree > 1 else []
+    split = [m for m in split if hasattr(m, "set_reduce_scatter_unused_params")]  # torch 2.13
+    for module in split:
+        module.set_reduce_scatter_unused_params(True, recurse=False)
+    try:
+        yield
+    finally:
+        for module in split:
+            module.set_reduce_scatter_unused_params(False, recurse=False)

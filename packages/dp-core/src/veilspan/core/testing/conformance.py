@@ -178,12 +178,18 @@ def _assert_rule_on(module: nn.Module, inputs: Tensor, kernel: NormKernel) -> No
             )
 
 
-def assert_kernel_conforms(kernel: NormKernel, *, dtype: torch.dtype = torch.float64) -> None:
+def assert_kernel_conforms(
+    kernel: NormKernel,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+) -> None:
     """Assert that a kernel's four answers equal the obvious ones over odd shapes.
 
     Args:
         kernel: The kernel.
         dtype: Dtype of the operands.
+        device: Where they are; the same numbers on every device.
 
     Raises:
         AssertionError: If an answer is off, or a squared norm is below the true one.
@@ -196,9 +202,9 @@ def assert_kernel_conforms(kernel: NormKernel, *, dtype: torch.dtype = torch.flo
         (3, 65, 130, 33),
         (0, 4, 3, 2),
     ):
-        act = torch.randn((batch, length, inputs), generator=generator).to(dtype)
-        grad = torch.randn((batch, length, outputs), generator=generator).to(dtype)
-        factor_B = torch.rand(batch, generator=generator, dtype=torch.float64)
+        act = torch.randn((batch, length, inputs), generator=generator).to(device, dtype)
+        grad = torch.randn((batch, length, outputs), generator=generator).to(device, dtype)
+        factor_B = torch.rand(batch, generator=generator, dtype=torch.float64).to(device)
         exact = torch.einsum("bto,bti->boi", grad.double(), act.double())
         sq_B = exact.flatten(1).square().sum(1)
         size_B = (act.double().norm(dim=2) * grad.double().norm(dim=2)).sum(1)
@@ -211,8 +217,8 @@ def assert_kernel_conforms(kernel: NormKernel, *, dtype: torch.dtype = torch.flo
         found = kernel.per_sample_grad(act, grad).double()
         grain = limit if dtype in (torch.float64, torch.float32) else 1e-2
         assert (found - exact).norm() <= grain * exact.norm(), "per_sample_grad is off"
-        gain = torch.randn(inputs, generator=generator).to(dtype)
-        upper = torch.randn((batch, length, inputs), generator=generator).to(dtype)
+        gain = torch.randn(inputs, generator=generator).to(device, dtype)
+        upper = torch.randn((batch, length, inputs), generator=generator).to(device, dtype)
         for centred in (False, True):
             _assert_normalisation(kernel, act, gain, upper, centred, grain)
         _assert_lookups(kernel, grad, factor_B, limit)
@@ -233,7 +239,7 @@ def _assert_outer_products(
         grad[1], factor_B[1] = float("nan"), 0.0
     size_B = (act.double().norm(dim=2) * grad.double().norm(dim=2)).sum(1)
     for size in (None, size_B):
-        total = torch.ones(grad.shape[2], act.shape[2], dtype=wide)
+        total = torch.ones(grad.shape[2], act.shape[2], dtype=wide, device=grad.device)
         kernel.add_outer_products_(total, act, grad, factor_B, clip_norm=norm, size_B=size)
         off = (total.double() - 1.0 - summed).norm()
         assert off <= limit * (1.0 + summed.norm()), f"add_outer_products_ is off: {off}"
@@ -243,7 +249,7 @@ def _assert_lookups(kernel: NormKernel, grad: Tensor, factor_B: Tensor, limit: f
     """Compare with the table of each sample; a sample that is not finite is dropped."""
     batch, length, width = grad.shape
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(5, (batch, length), generator=generator)
+    ids = torch.randint(5, (batch, length), generator=generator).to(grad.device)
     hot = torch.nn.functional.one_hot(ids, 5).double()
     tables = torch.einsum("btv,btd->bvd", hot, grad.double())
     sq_B = tables.flatten(1).square().sum(1)
@@ -256,10 +262,11 @@ def _assert_lookups(kernel: NormKernel, grad: Tensor, factor_B: Tensor, limit: f
         grad, formed, factor_B = grad.clone(), formed.clone(), factor_B.clone()
         grad[1], formed[1], factor_B[1] = float("nan"), float("inf"), 0.0
         summed = torch.einsum("b,bvd->vd", factor_B, tables)
-    for total, add in (
-        (torch.ones(5, width, dtype=wide), lambda t: kernel.add_lookups_(t, ids, grad, factor_B)),
-        (torch.ones(5, width, dtype=wide), lambda t: kernel.add_weighted_(t, formed, factor_B)),
+    for add in (
+        lambda t: kernel.add_lookups_(t, ids, grad, factor_B),
+        lambda t: kernel.add_weighted_(t, formed, factor_B),
     ):
+        total = torch.ones(5, width, dtype=wide, device=grad.device)
         add(total)
         off = (total.double() - 1.0 - summed).norm()
         assert off <= limit * (1.0 + summed.norm()), f"a weighted sum is off: {off}"
