@@ -55,6 +55,25 @@ def test_calibration_is_a_rigorous_bracket(q, steps, delta, target):
     assert CertifiedEngine().epsilon(mechanism, delta).upper <= target
 
 
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize(("q", "steps"), [(1.0, 10), (0.01, 1), (0.01, 100)])
+def test_calibration_to_the_epsilon_of_a_plan_finds_its_noise(sigma, q, steps):
+    wanted = {"sampling_probability": q, "steps": steps, "delta": 1e-5}
+    plan = PrivacyPlan(noise_multiplier=sigma, **wanted)
+    again = PrivacyPlan.calibrate(target_epsilon=plan.epsilon().upper, **wanted)
+    assert again.noise_multiplier == pytest.approx(sigma, rel=1e-3)
+    assert again.epsilon().upper <= plan.epsilon().upper
+
+
+@pytest.mark.parametrize("target", [1e-13, 1e-12, 1e-9])
+@pytest.mark.parametrize(("q", "steps", "delta"), [(1.0, 1, 1e-5), (0.01, 99, 1e-5), (0.5, 1, 0.4)])
+def test_calibration_keeps_targets_of_next_to_nothing(target, q, steps, delta):
+    plan = PrivacyPlan.calibrate(
+        target_epsilon=target, delta=delta, sampling_probability=q, steps=steps
+    )
+    assert plan.epsilon().upper <= target
+
+
 def test_calibration_at_q_of_four_percent_beats_published_noise():
     # Opacus finds 1.2915 with its PRV accountant and 1.3562 with its Rényi accountant.
     plan = PrivacyPlan.calibrate(

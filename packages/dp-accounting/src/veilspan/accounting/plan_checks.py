@@ -76,7 +76,7 @@ def _check_sampling(plan: PrivacyPlan) -> None:
                 f"{name} is {value!r}; sampling='truncated_poisson' needs a whole number above 0: "
                 "the most records that a step processes, and the most that the data set may hold."
             )
-    if plan.cut_probability * 2 >= plan.delta:
+    if not plan.cut_probability * 2 < plan.delta:
         raise ValueError(
             f"batch_cap is {plan.batch_cap}: with at most {plan.most_records} records some step "
             f"would cut its sample with probability up to {plan.cut_probability:.2g}, too often "
