@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn, Self
 
 from veilspan.accounting import chain, files
-from veilspan.accounting.bounds import EpsilonBounds, round_up
+from veilspan.accounting.bounds import EpsilonBounds, at_least, round_up
 from veilspan.accounting.calibration import largest
 from veilspan.accounting.chain import Contents, Header, LedgerEntry, LedgerError
 from veilspan.accounting.engines import CertifiedEngine, PldEngine
@@ -239,9 +239,9 @@ class Ledger:
         after = self.plan.epsilon_after(self.releases + 1)
         raise BudgetExceeded(
             f"Release {self.releases + 1} would spend ε ≤ {round_up(after.upper)} at "
-            f"δ = {self.plan.delta:g}, above the budget of {self.budget_epsilon:g}, which allows "
-            f"{most} releases. Nothing was recorded. End the run here, or plan a new one with more "
-            "noise or fewer steps."
+            f"δ = {at_least(self.plan.delta)}, above the budget of {self.budget_epsilon:g}, which "
+            f"allows {most} releases. Nothing was recorded. End the run here, or plan a new one "
+            "with more noise or fewer steps."
         )
 
     def require_at_least(self, releases: int) -> None:
