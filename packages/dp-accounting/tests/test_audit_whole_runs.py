@@ -1,14 +1,17 @@
 """Whole runs repeated: valid for any mechanism, and they see how records were sampled."""
 
+import dataclasses
 import math
 import re
 
 import numpy as np
 import pytest
+from scipy.special import ndtr
 from scipy.stats import binom
 
 from veilspan.accounting import PrivacyPlan
-from veilspan.accounting.audit import audit_whole_runs
+from veilspan.accounting.audit import audit_one_run, audit_whole_runs
+from veilspan.accounting.audit.whole_runs import WholeRunsAudit
 
 PLAN = PrivacyPlan(noise_multiplier=0.25, sampling_probability=0.1, steps=10, delta=1e-5)
 
@@ -99,3 +102,46 @@ def test_bad_input_is_refused_by_name(change, message):
         audit_whole_runs(arguments.pop("with_canary"), arguments.pop("without_canary"), **arguments)
     with pytest.raises(ValueError, match="delta is 1"):
         audit_whole_runs([1.0] * 20, [0.0] * 20).epsilon_lower(1.0)
+
+
+HONEST = {"noise_multiplier": 0.8, "sampling_probability": 0.3, "steps": 1, "delta": 1e-5}
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.5, 1.5, 2.5])
+@pytest.mark.parametrize(
+    ("law", "moved", "instead"),
+    [
+        ({"relation": "replace"}, 1.0, -1.0),
+        # Another record steps aside for the canary, and all others contribute -1.
+        ({"relation": "replace", "sampling": "without_replacement"}, 2.0, 0.0),
+        ({"sampling": "truncated_poisson", "batch_cap": 60, "most_records": 100}, 1.0, 0.0),
+    ],
+)
+def test_exact_error_rates_of_an_honest_mechanism_contradict_no_relation(
+    law, moved, instead, threshold
+):
+    plan = PrivacyPlan(**HONEST, **law)
+    q, sigma = plan.sampling_probability, plan.noise_multiplier
+    inside, outside = (
+        q * ndtr((shift - threshold) / sigma) + (1 - q) * ndtr(-threshold / sigma)
+        for shift in (moved, instead)
+    )
+    audit = WholeRunsAudit(
+        runs=(1, 1), confidence=0.95, missed_upper=1 - inside, alarms_upper=outside
+    )
+    assert not audit.contradicts(plan)
+    if threshold > 1:
+        assert audit.contradicts(dataclasses.replace(plan, noise_multiplier=2 * sigma))
+
+
+def test_one_run_is_held_against_the_relation_of_the_plan():
+    rng = np.random.default_rng(3)
+    plan = PrivacyPlan(
+        noise_multiplier=1.0, sampling_probability=1.0, steps=1, delta=1e-5, relation="replace"
+    )
+    members = rng.random(3000) < 0.5
+    scores = 2.0 * members - 1 + rng.standard_normal(3000)  # one value or its opposite
+    audit = audit_one_run(scores, members, guesses=1500, delta=1e-5, family=plan)
+    assert not audit.contradicts(plan)
+    assert 1.0 < audit.epsilon_lower < plan.epsilon().lower
+    assert audit.contradicts(dataclasses.replace(plan, relation="add_remove"))

@@ -11,7 +11,12 @@ from scipy.special import ndtr
 
 from veilspan.accounting import PrivacyPlan
 from veilspan.accounting.engines import CertifiedEngine, PldEngine, RdpEngine, SampledGaussian
-from veilspan.accounting.engines.closed_form import gaussian_epsilon, gaussian_log_delta
+from veilspan.accounting.engines.closed_form import (
+    gaussian_delta,
+    gaussian_epsilon,
+    gaussian_log_delta,
+    gaussian_upper,
+)
 from veilspan.accounting.engines.compose import Composition
 from veilspan.accounting.engines.discretise import dominated, dominating
 from veilspan.accounting.engines.one_step import OneStep
@@ -244,6 +249,26 @@ def test_gaussian_reference_values_hold():
     assert math.exp(gaussian_log_delta(1.0, 1.0)) == pytest.approx(0.12693674, abs=1e-8)
     # σ = 4.530877117 has a Rényi ε of 1 at δ = 1e-6 and an exact δ(1) of 2.16e-7.
     assert math.exp(gaussian_log_delta(1.0, 1 / 4.530877117)) == pytest.approx(2.16e-7, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("mu", "epsilon", "delta"),  # to 500 digits by mpmath
+    [
+        (1e-06, 2.4e-05, 5.773426555872192e-135),
+        (1e-09, 3.0000000000000004e-08, 1.6319567585706511e-208),
+        (1e-11, 3.15e-10, 1.3760387549757228e-230),
+        (1e-07, 3.6e-06, 1.1600560214715907e-292),
+        (1e-06, 5.5e-06, 3.2550158143311013e-15),
+        (1e-08, 5e-08, 5.346165667486965e-16),
+        (1e-10, 3e-10, 3.821543171050469e-14),
+    ],
+)
+def test_gaussian_of_much_noise_is_enclosed_though_its_terms_nearly_cancel(mu, epsilon, delta):
+    assert gaussian_delta(epsilon, mu, -1) < delta < gaussian_delta(epsilon, mu, +1)
+    # So it must be near δ = 1e-300, and where sampling at nearly every step leaves this bound.
+    assert epsilon <= gaussian_upper(mu, delta) <= epsilon * 1.01
+    nearly = SampledGaussian(noise_multiplier=2**0.5 / mu, sampling_probability=1 - 1e-16, steps=2)
+    assert epsilon * (1 - 1e-15) <= CertifiedEngine().epsilon(nearly, delta).upper <= epsilon * 1.01
 
 
 def test_poisson_reference_value_holds():

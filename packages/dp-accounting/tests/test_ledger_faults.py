@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 
-from veilspan.accounting import Ledger, LedgerError, PrivacyPlan, files
+from veilspan.accounting import Ledger, LedgerError, PrivacyPlan, chain, files
 
 PLAN = PrivacyPlan(noise_multiplier=1.0, sampling_probability=0.01, steps=100, delta=1e-5)
 
@@ -114,6 +114,52 @@ def test_verify_notices_an_end_that_was_cut_off_while_open(path):
             ledger.append(step=5)
 
 
+def _remove(path):
+    path.unlink()
+
+
+def _move(path):
+    path.rename(path.with_suffix(".old"))
+
+
+def _replace_by_its_copy(path):
+    copy = path.with_suffix(".copy")
+    copy.write_bytes(path.read_bytes())
+    copy.replace(path)
+
+
+@pytest.mark.parametrize("damage", [_remove, _move, _replace_by_its_copy])
+def test_release_is_not_recorded_in_a_file_that_is_no_longer_at_its_path(path, damage):
+    filled(path, 2)
+    with Ledger.open(path) as ledger:
+        damage(path)
+        with pytest.raises(LedgerError, match="moved, removed or replaced"):
+            ledger.verify()
+        with pytest.raises(LedgerError, match=r"moved, removed or replaced.*did not happen"):
+            ledger.append(step=2)
+
+
+def test_ledger_follows_its_file_by_links_and_from_any_folder(path, tmp_path, monkeypatch):
+    filled(path, 2)
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with Ledger.open(link.name) as ledger:
+        monkeypatch.chdir(tmp_path / "other")
+        ledger.append(step=2)
+        ledger.verify()
+    assert reread(path) == 3
+
+
+def test_line_of_brackets_without_end_is_refused_as_any_other(path):
+    raw = filled(path, 1).read_bytes()
+    for data in (raw + b"[" * 200_000, b"[" * 200_000 + b"\n" + raw):
+        path.write_bytes(data)
+        with pytest.raises(LedgerError):
+            reread(path)
+
+
 def test_pitfall_45_no_bytes_whatever_lower_the_count_or_run_code(path):
     filled(path, 4)
     raw = path.read_bytes()
@@ -128,6 +174,43 @@ def test_pitfall_45_no_bytes_whatever_lower_the_count_or_run_code(path):
         except LedgerError:
             continue
         assert releases >= 4
+
+
+def test_no_other_byte_anywhere_lowers_the_count(path):
+    raw = filled(path, 3).read_bytes()
+    for place in range(len(raw)):
+        for flip in (0x01, 0x08, 0x20, 0x80, 0xFF):
+            data = bytearray(raw)
+            data[place] ^= flip
+            try:
+                assert len(chain.read(bytes(data), "ledger").entries) >= 3, (place, flip)
+            except LedgerError:
+                continue
+
+
+@pytest.mark.parametrize("kept", [1, 2, 70])
+def test_line_end_lost_after_a_torn_line_does_not_lower_the_count(path, kept):
+    raw = filled(path, 2).read_bytes()
+    lines = raw.splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1][:kept])
+    with Ledger.open(path) as ledger:
+        ledger.append(step=1, attempt=ledger.next_attempt(1))
+    before, last = path.read_bytes()[:-1].rsplit(b"\n", 1)
+    path.write_bytes(before + b"\x0b" + last + b"\n")
+    with pytest.raises(LedgerError, match="was altered"):
+        reread(path)
+
+
+@pytest.mark.parametrize("length", [2, 64, 141, 300, 2000])
+def test_zeros_anywhere_do_not_lower_the_count(path, length):
+    raw = filled(path, 4).read_bytes()
+    for place in range(len(raw)):
+        zeros = bytes(min(length, len(raw) - place))
+        try:
+            data = raw[:place] + zeros + raw[place + length :]
+            assert len(chain.read(data, "ledger").entries) >= 4, place
+        except LedgerError:
+            continue
 
 
 def _full(real, room):

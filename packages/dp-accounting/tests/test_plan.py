@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from veilspan.accounting import PrivacyPlan
-from veilspan.accounting.bounds import EpsilonBounds, round_up
+from veilspan.accounting.bounds import EpsilonBounds, at_least, at_most, round_up
 from veilspan.accounting.calibration import calibrate_noise
 from veilspan.accounting.engines import CertifiedEngine, SampledGaussian
 
@@ -53,6 +54,25 @@ def test_calibration_is_a_rigorous_bracket(q, steps, delta, target):
         noise_multiplier=bracket.noise_multiplier, sampling_probability=q, steps=steps
     )
     assert CertifiedEngine().epsilon(mechanism, delta).upper <= target
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize(("q", "steps"), [(1.0, 10), (0.01, 1), (0.01, 100)])
+def test_calibration_to_the_epsilon_of_a_plan_finds_its_noise(sigma, q, steps):
+    wanted = {"sampling_probability": q, "steps": steps, "delta": 1e-5}
+    plan = PrivacyPlan(noise_multiplier=sigma, **wanted)
+    again = PrivacyPlan.calibrate(target_epsilon=plan.epsilon().upper, **wanted)
+    assert again.noise_multiplier == pytest.approx(sigma, rel=1e-3)
+    assert again.epsilon().upper <= plan.epsilon().upper
+
+
+@pytest.mark.parametrize("target", [1e-13, 1e-12, 1e-9])
+@pytest.mark.parametrize(("q", "steps", "delta"), [(1.0, 1, 1e-5), (0.01, 99, 1e-5), (0.5, 1, 0.4)])
+def test_calibration_keeps_targets_of_next_to_nothing(target, q, steps, delta):
+    plan = PrivacyPlan.calibrate(
+        target_epsilon=target, delta=delta, sampling_probability=q, steps=steps
+    )
+    assert plan.epsilon().upper <= target
 
 
 def test_calibration_at_q_of_four_percent_beats_published_noise():
@@ -232,6 +252,29 @@ def test_statement_without_noise_claims_nothing():
 @given(value=st.floats(1e-12, 1e12))
 def test_printed_epsilon_is_never_below_the_bound(value):
     assert value <= float(round_up(value)) <= value * 1.0011
+
+
+@given(value=st.floats(1e-12, 1e12), digits=st.integers(1, 8))
+def test_printed_bounds_are_on_their_own_side(value, digits):
+    over, under = at_least(value, digits), at_most(value, digits)
+    assert value <= float(over) <= value * (1 + 9.99 ** (1 - digits))
+    assert value * (1 - 9.99 ** (1 - digits)) <= float(under) <= value
+
+
+def test_printed_delta_is_not_below_the_delta_of_the_answer():
+    plan = PrivacyPlan(**{**SETTINGS, "delta": 1 / 70_000})  # 1.428571e-05
+    assert "at δ = 1.42858e-5" in str(plan.epsilon())
+    assert "δ = 1.42858e-5, with respect to" in plan.statement()
+    assert "δ = 1.42858e-5 is small" in plan.statement()
+    assert str(PrivacyPlan(**SETTINGS).epsilon()).endswith("at δ = 1e-05")
+    assert str(plan.delta_at(1 / 3)).endswith("at ε = 0.333334")
+
+
+def test_statement_does_not_round_the_lower_bound_up():
+    plan = PrivacyPlan(noise_multiplier=0.05, sampling_probability=1, steps=1, delta=1e-5)
+    printed = float(re.search(r"the exact ε is at least ([\d.]+\d)", plan.statement())[1])
+    lower = plan.epsilon().lower
+    assert lower * (1 - 1e-5) < printed <= lower
 
 
 def test_unordered_bounds_cannot_be_built():

@@ -173,6 +173,13 @@ def test_no_likelihood_ratio_test_beats_the_tradeoff_curve_in_either_direction(q
         assert curve.type_two_error(1 - present) <= absent + 1e-12
 
 
+@pytest.mark.parametrize("alpha", [0.0, 1e-320, 1e-306, 1e-300, 1e-3, 1.0])
+def test_tradeoff_knows_no_end_of_doubles(alpha):
+    curve = TradeOff(points=((720.0, 1e-12),))
+    exact = 1 - 1e-12 - math.exp(min(720 + math.log(alpha), 1)) if alpha else 1 - 1e-12
+    assert max(exact, 0) - 1e-11 <= curve.type_two_error(alpha) <= max(exact, 0)
+
+
 def test_tradeoff_says_nothing_where_nothing_is_guaranteed():
     curve = TradeOff(points=((math.inf, 0.0), (2.0, 1.0)))
     assert curve.type_two_error(0.0) == 0.0

@@ -17,6 +17,7 @@ from veilspan.accounting.engines import (
     RdpEngine,
     SampledGaussian,
 )
+from veilspan.accounting.engines.closed_form import gaussian_epsilon
 from veilspan.accounting.engines.likely_number import likely_delta, likely_epsilon
 from veilspan.accounting.engines.prv import PrvEngine
 from veilspan.accounting.engines.records_step import number_atoms, number_law
@@ -254,6 +255,23 @@ def test_bounds_meet_those_of_the_installed_dp_accounting(k, q, sigma, steps):
     ours = CertifiedEngine().epsilon(release(k, q=q, sigma=sigma, steps=steps), 1e-5)
     assert ours.upper >= optimistic * (1 - 1e-6)
     assert ours.lower <= pessimistic * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 10, 100_000])
+@pytest.mark.parametrize(
+    ("k", "q", "sigma"),
+    [(200, 0.5, 0.25), (221, 0.56, 0.25), (80, 0.9, 0.5), (300, 0.3, 0.1), (30, 0.3, 0.01)],
+)
+def test_losses_of_many_records_beyond_doubles_have_a_looser_bound(k, q, sigma, steps):
+    mechanism = SampledGaussian(
+        noise_multiplier=sigma, sampling_probability=q, steps=steps, records_per_unit=k
+    )
+    bounds = CertifiedEngine().epsilon(mechanism, 1e-5)
+    # Hardly ever fewer than the first are drawn; never more than all.
+    fewest, most = max(float(stats.binom.ppf(1e-9, k, q)), 1.0), k
+    fewest, most = (gaussian_epsilon(n / sigma * steps**0.5, 1e-5) for n in (fewest, most))
+    assert 0.99 * fewest <= bounds.upper <= most * (1 + 1e-9)
+    assert CertifiedEngine().delta(mechanism, 1.0).upper > 0.99
 
 
 @pytest.mark.parametrize("engine", [RdpEngine(), PrvEngine()])

@@ -44,6 +44,25 @@ def test_overflow_probability_at_its_ends():
     assert 0 < overflow_probability(10**9, 1e-6, 10**8) <= 1e-299  # never rounded to nothing
 
 
+@pytest.mark.parametrize("records", [10**7, 10**9, 2**31, 2**32 + 100, 10**10, 10**15])
+@pytest.mark.parametrize("room", [104, 120, 180, 300])
+def test_overflow_probability_of_many_records_is_that_of_their_poisson_limit(records, room):
+    mean = 100.0
+    # Of n records the logarithm of a chance of k differs from its limit by about (k - mean)²/(2n).
+    limit = math.fsum(
+        math.exp(k * math.log(mean) - mean - math.lgamma(k + 1)) for k in range(room + 1, 1000)
+    )
+    bound = overflow_probability(records, mean / records, room)
+    assert bound == pytest.approx(limit, rel=2e-6 + (room - mean + 30) ** 2 / records)
+    assert records < 10**12 or bound >= limit
+
+
+def test_cap_on_billions_of_records_that_is_often_passed_is_refused():
+    wanted = {**SETTINGS, "sampling_probability": 1e-7, "sampling": "truncated_poisson"}
+    with pytest.raises(ValueError, match="batch_cap is 1040"):
+        PrivacyPlan(**wanted, batch_cap=1040, most_records=10**10)
+
+
 def outputs(values, q, cap, x, sigma):
     """Density of one release over a data set, every sample listed, cut to its first records."""
     density = np.zeros_like(x)

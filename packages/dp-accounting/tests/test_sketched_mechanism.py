@@ -1,6 +1,7 @@
 """What is claimed of clipping by estimated norms holds for the mechanism itself, simulated."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -249,6 +250,15 @@ def test_two_phases_cost_as_much_as_their_steps_in_one(norms, q, sigma, steps, m
     mixed = ENGINE.epsilon(apart, 1e-5).upper
     assert mixed <= epsilon(norms, q, sigma, steps + more) * (1 + SLACK) + 1e-9
     assert mixed >= epsilon(None, q, sigma, steps + more) * (1 - SLACK) - 1e-9
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_delta_far_below_the_scale_of_the_loss_ends_soon(shared):
+    norms = SketchedClip(probes=8, blocks=2, probes_shared=shared)
+    begin = time.process_time()
+    bounds = CertifiedEngine().delta(release(norms, q=4e-4, sigma=0.23), 1e-3)
+    assert time.process_time() - begin < 60  # minutes, if grids were refined as for exact norms
+    assert 3e-4 < bounds.lower <= bounds.upper < 4e-4
 
 
 def test_very_many_probes_cost_as_much_as_exact_norms():

@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Any, NoReturn
 
 from veilspan.accounting.audit.command import add_audit
-from veilspan.accounting.bounds import round_up
+from veilspan.accounting.bounds import at_least, at_most, round_up
 from veilspan.accounting.calibration import find_noise
 from veilspan.accounting.chain import LedgerError
 from veilspan.accounting.curves import (
@@ -153,7 +153,7 @@ def _epsilon(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "sampling": plan.sampling,
         **norms_report(plan),
     }
-    least = f"{counted(plan)} ε is at least {bounds.lower:.6g}"
+    least = f"{counted(plan)} ε is at least {at_most(bounds.lower)}"
     text = f"{bounds}\n{least}; method: {bounds.method}"
     return report, text
 
@@ -184,7 +184,7 @@ def _noise(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     }
     text = (
         f"noise multiplier {round_up(bracket.noise_multiplier, 6)}\n"
-        f"ε ≤ {round_up(bracket.epsilon)} at δ = {options.delta:g}"
+        f"ε ≤ {round_up(bracket.epsilon)} at δ = {at_least(options.delta)}"
     )
     return report, text
 

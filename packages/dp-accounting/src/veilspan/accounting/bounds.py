@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from decimal import ROUND_CEILING, Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any, Literal
 
 Direction = Literal["remove", "add", "both"]
@@ -52,7 +52,7 @@ class EpsilonBounds:
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"ε ≤ {round_up(self.upper)} at δ = {self.delta:g}"
+        return f"ε ≤ {round_up(self.upper)} at δ = {at_least(self.delta)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ class DeltaBounds:
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"δ ≤ {round_up_short(self.upper)} at ε = {self.epsilon:g}"
+        return f"δ ≤ {round_up_short(self.upper)} at ε = {at_least(self.epsilon)}"
 
 
 def round_up(value: float, digits: int = 4) -> str:
@@ -128,3 +128,29 @@ def round_up_short(value: float, digits: int = 4) -> str:
     exact = Decimal(value)
     step = Decimal(1).scaleb(exact.adjusted() - digits + 1)
     return f"{exact.quantize(step, rounding=ROUND_CEILING):e}"
+
+
+def at_least(value: float, digits: int = 6) -> str:
+    """Write a non-negative number as short as `:g` does, and rounded up where that would be less.
+
+    Examples:
+        >>> at_least(1e-5), at_least(1 / 70_000)
+        ('1e-05', '1.42858e-5')
+    """
+    short = f"{value:.{digits}g}"
+    return short if float(short) >= value else round_up_short(value, digits)
+
+
+def at_most(value: float, digits: int = 6) -> str:
+    """Write a non-negative number as short as `:g` does, and rounded down where that would be more.
+
+    Examples:
+        >>> at_most(2.0), at_most(123.4567)
+        ('2', '123.456')
+    """
+    short = f"{value:.{digits}g}"
+    if float(short) <= value:
+        return short
+    exact = Decimal(value)
+    step = Decimal(1).scaleb(exact.adjusted() - digits + 1)
+    return f"{float(exact.quantize(step, rounding=ROUND_FLOOR)):.{digits}g}"

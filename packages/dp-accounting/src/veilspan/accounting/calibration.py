@@ -130,13 +130,15 @@ def _narrow(
 ) -> NoiseBracket:
     """Shrink the bracket by Brent's method, then make sure of both of its ends."""
 
-    def miss(log_sigma: float) -> float:
-        # An ε of 0, which much noise can reach, or of infinity gets a finite logarithm.
-        return math.log(min(epsilon(math.exp(log_sigma)) + 1e-12, 1e12) / target)
+    def sigma(share: float) -> float:
+        return low * (high / low) ** share  # both ends exactly, where their signs are known
 
-    ends = math.log(low), math.log(high)
-    log_root: Any = brentq(miss, *ends, xtol=_PRECISION)
-    root = math.exp(log_root)
+    def miss(share: float) -> float:
+        # An ε of 0, which much noise can reach, or of infinity gets a finite logarithm.
+        return math.log(min(max(epsilon(sigma(share)) / target, 1e-12), 1e12))
+
+    share: Any = brentq(miss, 0.0, 1.0, xtol=_PRECISION)
+    root = sigma(share)
     enough = root
     while epsilon(enough) > target:
         enough *= 1 + _PRECISION

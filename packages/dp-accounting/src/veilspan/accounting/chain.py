@@ -105,9 +105,10 @@ def read(raw: bytes, name: str) -> Contents:
         LedgerError: If the header is missing or damaged, or a link of the chain does not fit.
 
     Guarantee:
-        Every line after the header counts as one release, also one that cannot be read. A line that
-        was changed, removed or inserted before the last is refused. What the chain cannot show, a
-        removed end, is caught by `Ledger.require_at_least`.
+        Every line after the header counts as one release, also one that cannot be read, unless it
+        may be what is left of several: then it is refused, as is a line that was changed, removed
+        or inserted before the last. What the chain cannot show, a removed end, is caught by
+        `Ledger.require_at_least`.
     """
     lines = raw.split(b"\n")
     ends_torn = lines[-1] != b""
@@ -179,6 +180,12 @@ def _read_header(line: bytes, name: str) -> Header:
 def _read_entry(line: bytes, number: int, previous: str, name: str) -> LedgerEntry:
     fields = _parse(line)
     if fields is None:  # torn by a crash; its bytes are still held by the next line's link
+        if len(line) + 1 >= 2 * _SHORTEST or line.count(b"{") > 1:
+            raise LedgerError(
+                f"{name} was altered: line {number + 1} cannot be read, and holds more than one "
+                "release may have left behind. Restore the file from a backup; without the true "
+                "count no ε can be stated."
+            )
         return LedgerEntry(step=None, attempt=None, day=None)
     if fields.get("previous") != previous or fields.get("number") != number:
         raise LedgerError(
@@ -195,7 +202,7 @@ def _read_entry(line: bytes, number: int, previous: str, name: str) -> LedgerEnt
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         fields = json.loads(line)
-    except ValueError:  # also covers broken UTF-8
+    except (ValueError, RecursionError):  # also covers broken UTF-8
         return None
     return fields if isinstance(fields, dict) else None
 
@@ -203,3 +210,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 def _line(fields: dict[str, Any]) -> bytes:
     text = json.dumps(fields, sort_keys=True, allow_nan=False, ensure_ascii=False)
     return text.encode() + b"\n"
+
+
+# No line of an entry has fewer bytes, its end included.
+_SHORTEST = len(entry_line(LedgerEntry(step=0, attempt=0, day="2026-01-01"), 1, "0" * 64))

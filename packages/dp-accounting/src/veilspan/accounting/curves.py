@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from veilspan.accounting.bounds import round_up, round_up_short
+from veilspan.accounting.bounds import at_most, round_up, round_up_short
 from veilspan.accounting.plan import PrivacyPlan
 from veilspan.accounting.plotting import epsilon_curve
 from veilspan.accounting.sketched import SketchedClip
@@ -92,7 +92,7 @@ def answer_delta(options: argparse.Namespace) -> Answer:
         "relation": plan.relation,
         **norms_report(plan),
     }
-    least = f"{counted(plan)} δ is at least {bounds.lower:.4g}"
+    least = f"{counted(plan)} δ is at least {at_most(bounds.lower, 4)}"
     return report, f"{bounds}\n{least}; method: {bounds.method}"
 
 

@@ -76,6 +76,14 @@ def read_all(descriptor: int) -> bytes:
     return b"".join(parts)
 
 
+def lies_at(path: str, descriptor: int) -> bool:
+    """Return whether the file still lies at its path: not moved, removed or replaced."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
 def append(descriptor: int, line: bytes, size: int) -> None:
     """Write at the end and flush to disk; where writing fails, cut back to `size` if possible.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn, Self
 
 from veilspan.accounting import chain, files
-from veilspan.accounting.bounds import EpsilonBounds, round_up
+from veilspan.accounting.bounds import EpsilonBounds, at_least, round_up
 from veilspan.accounting.calibration import largest
 from veilspan.accounting.chain import Contents, Header, LedgerEntry, LedgerError
 from veilspan.accounting.engines import CertifiedEngine, PldEngine
@@ -49,7 +49,7 @@ class Ledger:
     """
 
     def __init__(self, path: Path, descriptor: int, contents: Contents, read_only: bool) -> None:
-        self._path = path
+        self._path, self._place = path, os.path.abspath(path)
         self._descriptor: int | None = descriptor
         self._close = weakref.finalize(self, os.close, descriptor)
         self._header, self._tail = contents.header, contents.tail
@@ -217,6 +217,8 @@ class Ledger:
         self._require_budget()
         if os.fstat(descriptor).st_size != self._size:
             self._fail("was changed by somebody else while this run was using it")
+        if not files.lies_at(self._place, descriptor):
+            self._fail("was moved, removed or replaced while this run was using it")
         # the day alone: the time between two releases would tell how many records were drawn
         entry = LedgerEntry(step=step, attempt=attempt, day=str(datetime.now(UTC).date()))
         line = chain.entry_line(entry, self.releases + 1, self._tail)
@@ -237,9 +239,9 @@ class Ledger:
         after = self.plan.epsilon_after(self.releases + 1)
         raise BudgetExceeded(
             f"Release {self.releases + 1} would spend ε ≤ {round_up(after.upper)} at "
-            f"δ = {self.plan.delta:g}, above the budget of {self.budget_epsilon:g}, which allows "
-            f"{most} releases. Nothing was recorded. End the run here, or plan a new one with more "
-            "noise or fewer steps."
+            f"δ = {at_least(self.plan.delta)}, above the budget of {self.budget_epsilon:g}, which "
+            f"allows {most} releases. Nothing was recorded. End the run here, or plan a new one "
+            "with more noise or fewer steps."
         )
 
     def require_at_least(self, releases: int) -> None:
@@ -263,9 +265,13 @@ class Ledger:
         """Read the file again and check every link of its chain against what this object knows.
 
         Raises:
-            LedgerError: If a line was changed, removed, inserted or cut off.
+            LedgerError: If a line was changed, removed, inserted or cut off, or the file is
+                no longer at its path.
         """
-        contents = chain.read(files.read_all(self._open_descriptor()), str(self._path))
+        descriptor = self._open_descriptor()
+        if not files.lies_at(self._place, descriptor):
+            raise LedgerError(f"{self._path} was moved, removed or replaced since it was opened.")
+        contents = chain.read(files.read_all(descriptor), str(self._path))
         if contents.tail != self._tail or len(contents.entries) != self.releases:
             raise LedgerError(f"{self._path} was altered since it was opened: its end differs.")
 

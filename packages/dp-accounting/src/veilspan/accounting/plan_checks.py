@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from veilspan.accounting.bounds import at_least
 from veilspan.accounting.mechanism import (
     RELATIONS,
     SampledGaussian,
@@ -76,12 +77,12 @@ def _check_sampling(plan: PrivacyPlan) -> None:
                 f"{name} is {value!r}; sampling='truncated_poisson' needs a whole number above 0: "
                 "the most records that a step processes, and the most that the data set may hold."
             )
-    if plan.cut_probability * 2 >= plan.delta:
+    if not plan.cut_probability * 2 < plan.delta:
         raise ValueError(
             f"batch_cap is {plan.batch_cap}: with at most {plan.most_records} records some step "
-            f"would cut its sample with probability up to {plan.cut_probability:.2g}, too often "
-            f"for delta={plan.delta:g}. Raise batch_cap, to about 1.2 times the expected batch "
-            "size or more."
+            f"would cut its sample with probability up to {at_least(plan.cut_probability, 2)}, too "
+            f"often for delta={plan.delta:g}. Raise batch_cap, to about 1.2 times the expected "
+            "batch size or more."
         )
 
 

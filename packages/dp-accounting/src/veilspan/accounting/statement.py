@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from veilspan.accounting.bounds import EpsilonBounds, round_up
+from veilspan.accounting.bounds import EpsilonBounds, at_least, at_most, round_up
 
 if TYPE_CHECKING:
     from veilspan.accounting.phases import Phases
@@ -99,7 +99,7 @@ def _guarantee(plans: tuple[PrivacyPlan, ...], bounds: EpsilonBounds) -> str:
     return (
         f"After {steps} the trained model and everything released with it are "
         f"(ε, δ)-differentially private with ε ≤ {round_up(bounds.upper)} and "
-        f"δ = {bounds.delta:g}, with respect to {_CHANGES[relation].format(unit=unit)}. "
+        f"δ = {at_least(bounds.delta)}, with respect to {_CHANGES[relation].format(unit=unit)}. "
         f"Whatever is published, nobody can tell {_QUESTIONS[relation].format(unit=unit)} "
         f"with odds more than e^ε times what they were before, except with probability δ. "
         f"The number is an upper bound ({bounds.method}; both directions counted, the worse one "
@@ -155,8 +155,8 @@ def _drawn(plan: PrivacyPlan) -> str:
         cut = (
             f". There are never more than {plan.most_records:,} {one}s, and a batch of more "
             f"than {plan.batch_cap:,} is cut to that many (truncated Poisson sampling), which "
-            f"happens in any of the steps with probability at most {plan.cut_probability:.2g} and "
-            "is charged to δ"
+            "happens in any of the steps with probability at most "
+            f"{at_least(plan.cut_probability, 2)} and is charged to δ"
         )
     return (
         f"Every {one} enters the batch of each step independently with probability "
@@ -217,7 +217,7 @@ def _divisor(plan: PrivacyPlan) -> list[str]:
 
 def _delta_line(delta: float, unit: str, records: str) -> str:
     return (
-        f"δ = {delta:g} is small for this data set. It is the chance that the bound on ε "
+        f"δ = {at_least(delta)} is small for this data set. It is the chance that the bound on ε "
         f"fails; it must be far below one over the number of {unit}s{records}."
     )
 
@@ -255,4 +255,4 @@ def _records(plan: PrivacyPlan) -> str:
 
 
 def _round_down(value: float) -> str:
-    return f"{math.floor(value * 1e4) / 1e4:g}"
+    return at_most(math.floor(value * 1e4) / 1e4)

@@ -91,7 +91,8 @@ def _least(epsilon: float, delta: float, alpha: float) -> float:
     """Return the misses that one pair (ε, δ) enforces, from each direction."""
     if math.isinf(epsilon):
         return 0.0
-    left = 1 - delta - math.exp(min(epsilon, 700.0)) * alpha
+    root = math.exp(min(epsilon, 1400.0) / 2)  # e^ε itself may be beyond a double
+    left = 1 - delta - root * alpha * root
     right = math.exp(-epsilon) * (1 - delta - alpha)
     return max(left, right) - _ROUNDING
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -191,13 +191,7 @@ def _last(holds: Callable[[float], bool], low: float, high: float) -> float:
 
 
 def _mechanism(plan: PrivacyPlan, noise_multiplier: float) -> SampledGaussian:
-    return SampledGaussian(
-        noise_multiplier=noise_multiplier,
-        sampling_probability=plan.sampling_probability,
-        steps=plan.steps,
-        norms=plan.norms,
-        records_per_unit=plan.records_per_unit,
-    )
+    return replace(plan, noise_multiplier=noise_multiplier).mechanism(plan.steps)
 
 
 def _rows(scores: Any, members: Any) -> tuple[Array, NDArray[np.bool_]]:

@@ -52,13 +52,13 @@ class GaussianTradeOff:
 
 
 class SampledGaussianTradeOff:
-    """A curve that a Poisson-sampled Gaussian keeps for certain, from its ε at many δ.
+    """A curve that a sampled Gaussian keeps for certain, from its ε at many δ.
 
     Args:
         mechanism: What is composed.
 
     Guarantee:
-        The exact curve is nowhere below this one, in both directions of add/remove: each upper
+        The exact curve is nowhere below this one, in both directions of its relation: each upper
         bound on ε at some δ gives two lines below it, and this is the highest of them.
     """
 

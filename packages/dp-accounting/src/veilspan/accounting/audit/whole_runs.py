@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from veilspan.accounting.audit.checks import check_confidence
 from veilspan.accounting.audit.errors import check_statistics, most_errors
 from veilspan.accounting.audit.tradeoff import sampled_gaussian_curve
-from veilspan.accounting.mechanism import SampledGaussian, check_delta
+from veilspan.accounting.mechanism import check_delta
 from veilspan.accounting.plan import PrivacyPlan
 
 Array = NDArray[np.float64]
@@ -53,15 +53,7 @@ class WholeRunsAudit:
         Guarantee:
             If the mechanism keeps the plan, True has probability at most 1 - `confidence`.
         """
-        curve = sampled_gaussian_curve(
-            SampledGaussian(
-                noise_multiplier=plan.noise_multiplier,
-                sampling_probability=plan.sampling_probability,
-                steps=plan.steps,
-                norms=plan.norms,
-                records_per_unit=plan.records_per_unit,
-            )
-        )
+        curve = sampled_gaussian_curve(plan.mechanism(plan.steps))
         return curve.least_missed(1 - self.missed_upper) > self.alarms_upper
 
 

@@ -12,7 +12,7 @@ from veilspan.accounting.engines.closed_form import (
     distance_without_sampling,
     estimated_norms,
     gaussian_delta,
-    gaussian_epsilon,
+    gaussian_upper,
     live_parts,
     one_release_delta,
     one_release_epsilon,
@@ -56,8 +56,7 @@ class CertifiedEngine:
         if one is not None:
             return one_release_epsilon(one, delta)
         mu = distance_without_sampling(live_parts(mechanism))
-        loosest = gaussian_epsilon(mu, delta) * (1 + 1e-10)
-        loosest = min(loosest, likely_epsilon(mechanism, delta))
+        loosest = min(gaussian_upper(mu, delta), likely_epsilon(mechanism, delta))
         try:
             bounds = self.pld.epsilon(mechanism, delta)
         except _TROUBLE:

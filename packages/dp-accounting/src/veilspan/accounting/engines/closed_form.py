@@ -15,7 +15,7 @@ from veilspan.accounting.mechanism import Mechanism, SampledGaussian
 
 # The closed form is evaluated in doubles; these margins cover it.
 _MARGIN = 1e-10
-_DELTA_MARGIN, _CANCELLATION = 1e-9, 1e-13
+_DELTA_MARGIN, _CANCELLATION, _LARGE_LOG = 1e-9, 1e-13, 50.0
 SMALLEST_DELTA = 1e-300  # upper bounds on a δ below this are this, as doubles soon end
 _NOTHING = "exact (nothing about a record is released)"
 _NO_NOISE = "exact (released without noise)"
@@ -227,16 +227,24 @@ def _log_delta_bound(epsilon: float, mu: float, sign: int) -> float:
     """Return log δ(ε) of one Gaussian release from above or below, however small it is."""
     moved = epsilon * (1 - sign * _MARGIN)
     value = gaussian_log_delta(moved, mu)
-    # δ is the difference of two terms that nearly cancel where mu is small.
-    log_cancelled = math.log(_CANCELLATION) + float(log_ndtr(mu / 2 - moved / mu))
+    # δ is the difference of two terms that nearly cancel where mu is small. They come from their
+    # logarithms, whose rounding grows with them.
+    log_first = float(log_ndtr(mu / 2 - moved / mu))
+    log_rounding = math.log(_CANCELLATION) + math.log1p(min(-log_first, 1e9) / _LARGE_LOG)
+    log_cancelled = log_first + log_rounding
     if value == -math.inf:
         return log_cancelled if sign > 0 else -math.inf
     slack = _DELTA_MARGIN + math.exp(min(log_cancelled - value, 1.0))
     return value + (math.log1p(sign * slack) if sign * slack > -1 else -math.inf)
 
 
+def gaussian_upper(mu: float, delta: float) -> float:
+    """Return an upper bound on the ε at `delta` of one Gaussian release."""
+    return math.inf if math.isinf(mu) else _gaussian_bounds(mu, delta)[2]
+
+
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Return ε at `delta` of one Gaussian release with sensitivity `mu` times its noise."""
+    """Return about ε at `delta` of one Gaussian release, of sensitivity `mu` times its noise."""
     if math.isinf(mu):
         return math.inf
     target = math.log(delta)

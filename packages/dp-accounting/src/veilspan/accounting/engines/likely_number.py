@@ -13,7 +13,7 @@ import math
 from veilspan.accounting.engines.closed_form import (
     SMALLEST_DELTA,
     gaussian_delta,
-    gaussian_epsilon,
+    gaussian_upper,
     live_parts,
     several_records,
 )
@@ -35,8 +35,7 @@ def likely_epsilon(mechanism: Mechanism, delta: float) -> float:
         return math.inf
     parts = live_parts(mechanism)
     return min(
-        gaussian_epsilon(_distance(parts, share * delta), (1 - share) * delta * (1 - _MARGIN))
-        * (1 + _MARGIN)
+        gaussian_upper(_distance(parts, share * delta), (1 - share) * delta * (1 - _MARGIN))
         + 2 * share * delta
         for share in _SHARES
     )

@@ -21,6 +21,7 @@ from veilspan.accounting.bounds import DeltaBounds, EpsilonBounds
 from veilspan.accounting.mechanism import Composed, Mechanism
 
 _MARGIN = 1e-6  # relative error allowed to the tail of the binomial distribution
+_FEW = 10_000_000
 _SMALLEST = 1e-300
 _ROUNDS = 40
 _LARGEST_EXPONENT = 700.0
@@ -32,7 +33,17 @@ def overflow_probability(records: int, probability: float, room: int) -> float:
         return 0.0
     if probability == 1:
         return 1.0
-    return min(max(float(bdtrc(room, records, probability)) * (1 + _MARGIN), _SMALLEST), 1.0)
+    return min(max(_tail(records, probability, room) * (1 + _MARGIN), _SMALLEST), 1.0)
+
+
+def _tail(records: int, probability: float, room: int) -> float:
+    """Return the chance that more than `room` of `records` are sampled, to a tenth of `_MARGIN`."""
+    if records <= _FEW:
+        return float(bdtrc(room, records, probability))
+    # Of more records `bdtrc` loses digits, and from 2^31 on it counts others; this is slow to load.
+    from scipy.stats import binom
+
+    return float(binom.sf(room, records, probability))
 
 
 def cut_probability(mechanism: Mechanism) -> float:

@@ -20,6 +20,7 @@ from veilspan.accounting.mechanism import Mechanism
 
 # Grid spacing in standard deviations of one step's loss, for who asks for ever more digits.
 _FINENESS = (COARSE, 0.012, 0.005, 0.002, 8e-4, 3e-4, 1e-4)
+_FINEST_ESTIMATED = 0.005  # where norms are estimated and the work grows with the square
 _DELTA_WIDTH = 20  # how much wider than ε, relative, the bounds on δ may be
 _USEFUL = 0.7  # a refinement must leave less of the gap than this, or there is no other
 _METHOD = "privacy loss distribution"
@@ -68,7 +69,7 @@ class PldEngine:
         bounds = self._bounds(question, _FINENESS[0])
         if self.one_sided:
             return bounds
-        for fineness in _FINENESS[1:]:
+        for fineness in _finenesses(mechanism)[1:]:
             if bounds.upper <= bounds.lower * (1 + self.relative_width):
                 break
             finer = self._bounds(question, fineness)
@@ -107,7 +108,7 @@ class PldEngine:
         if moments and parts[0].relation == "add_remove":
             best = _tighter_delta(best, RdpEngine().delta(mechanism, epsilon))
         width = math.inf
-        for fineness in _FINENESS:
+        for fineness in _finenesses(mechanism):
             while True:  # the grid is made for a δ: ask again until it is made for about this one
                 scale = max(best.upper, _SMALLEST_DELTA)
                 question = Question(parts, scale, self.largest_transform)
@@ -132,6 +133,12 @@ class PldEngine:
             lower = _ordered(question.delta_at(epsilon, worse, "lower", fineness), upper)
         direction: Direction = worse if len(uppers) > 1 else "both"
         return _delta_between(lower, upper, epsilon, direction)
+
+
+def _finenesses(mechanism: Mechanism) -> list[float]:
+    """Return the grids to try, one after the other."""
+    finest = _FINEST_ESTIMATED if estimated_norms(mechanism) else 0.0
+    return [fineness for fineness in _FINENESS if fineness >= finest]
 
 
 def _ordered(lower: float, upper: float) -> float:

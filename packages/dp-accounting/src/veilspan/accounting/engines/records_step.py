@@ -43,7 +43,8 @@ def records_step(one: SampledGaussian, bound: Bound, atoms: int, tail: float) ->
         tail: Probability that may count as an infinite loss.
 
     Raises:
-        EngineError: If it is all but certain that a record is drawn.
+        EngineError: If it is all but certain that a record is drawn, or that the loss is beyond the
+            range of doubles.
 
     Guarantee:
         Above or below the pair of the number of records in both directions. An upper bound holds
@@ -54,8 +55,12 @@ def records_step(one: SampledGaussian, bound: Bound, atoms: int, tail: float) ->
     if -bottom > _LARGEST_BOTTOM:
         raise EngineError(f"a unit is in nearly every sample: its chance not to be is e^{bottom:g}")
     q = -math.expm1(bottom)
-    shift = HiddenShift(sigma, number_atoms(one, bound, atoms, tail))
-    return OneStep(one, shift, _loss_scale(q, bottom, shift, sigma))
+    law = number_atoms(one, bound, atoms, tail)
+    shift = HiddenShift(sigma, law)
+    loss_scale = _loss_scale(q, bottom, shift, sigma) if len(law.size) else 0.0
+    if loss_scale == 0:
+        raise EngineError("the loss of so many records in a sample is beyond a double's range")
+    return OneStep(one, shift, loss_scale)
 
 
 def number_atoms(one: SampledGaussian, bound: Bound, atoms: int, tail: float) -> Atoms:
