@@ -320,16 +320,19 @@ def test_pitfall_38_a_router_that_drops_tokens_for_those_of_others_is_found():
 class Drops(nn.Module):
     """Dropout between two layers, recomputed in the backward pass or not."""
 
-    def __init__(self, recompute, **options):
+    def __init__(self, recompute, *, use_reentrant=False, preserve_rng_state=True):
         super().__init__()
         self.up, self.drop, self.down = nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 4)
-        self.recompute, self.options = recompute, {"use_reentrant": False} | options
+        self.recompute, self.how = recompute, (use_reentrant, preserve_rng_state)
 
     def body(self, x):
         return self.down(self.drop(torch.tanh(self.up(x))))
 
     def forward(self, x):
-        return checkpoint(self.body, x, **self.options) if self.recompute else self.body(x)
+        if not self.recompute:
+            return self.body(x)
+        reentrant, preserve = self.how
+        return checkpoint(self.body, x, use_reentrant=reentrant, preserve_rng_state=preserve)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -184,11 +184,66 @@ class Twice(nn.Linear):
         return super().forward(super().forward(input))
 
 
+class Holding(nn.Module):
+    """A layer with another one in it: before the layer, beside it, or after it."""
+
+    def __init__(self, inner, *, where):
+        super().__init__()
+        self.weight, self.inner, self.where = nn.Parameter(torch.randn(5, 5)), inner, where
+
+    def forward(self, x):
+        if self.where == "before":
+            return self.inner(x) @ self.weight
+        return x @ self.weight + self.inner(x)
+
+
+class Gated(nn.Module):
+    """Not elementwise in what it trains: its own weight scales what another layer makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.inner = nn.Parameter(torch.randn(5)), nn.Linear(5, 5)
+
+    def forward(self, x):
+        return self.inner(x) * self.weight
+
+
+class DroppingLookup(nn.Embedding):
+    def __init__(self):
+        super().__init__(7, 5)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, input):
+        return self.drop(super().forward(input))
+
+
+class DroppingNorm(nn.LayerNorm):
+    def __init__(self):
+        super().__init__(5)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, input):
+        return super().forward(self.drop(input))
+
+
+def adapter():
+    """Return an adapter that is nothing yet, as one is before training."""
+    inner = nn.Sequential(nn.Linear(5, 2), nn.Linear(2, 5))
+    nn.init.zeros_(inner[1].weight)
+    nn.init.zeros_(inner[1].bias)
+    return inner
+
+
 @pytest.mark.parametrize(
     "module",
     [
         Dropping(5, 3),
         Dropping(5, 3).eval(),
+        Holding(nn.Dropout(0.5), where="before").eval(),
+        DroppingLookup().eval(),
+        DroppingNorm().eval(),
+        Holding(adapter(), where="beside"),
+        Gated(),
         Twice(4, 4),
         nn.GroupNorm(2, 4),
         nn.PReLU(5),
@@ -197,3 +252,17 @@ class Twice(nn.Linear):
 )
 def test_a_module_that_computes_something_else_runs_its_records_alone(module):
     assert rule_of(module) == RecordsAlone()
+
+
+@pytest.mark.parametrize("make", [lambda: Holding(adapter(), where="beside"), Gated])
+def test_what_is_trained_inside_of_another_layer_gets_its_gradient(make):
+    torch.manual_seed(0)
+    assert_rule_matches(make, [(3, 4, 5)])
+
+
+def test_an_experiment_leaves_the_mode_of_every_part_as_it_was():
+    module = nn.Sequential(DroppingNorm().eval(), DroppingNorm().train())
+    module[1].drop.eval()
+    before = [part.training for part in module.modules()]
+    assert [rule_of(part) for part in module] == [RecordsAlone(), RecordsAlone()]
+    assert [part.training for part in module.modules()] == before

@@ -83,11 +83,16 @@ def find_rule(name: str, module: nn.Module, kernel: NormKernel) -> Rule | Record
     own = {n for n, p in module.named_parameters(recurse=False) if p.requires_grad}
     if whole is not None or not own:
         return whole
-    # Patched, or with a weight that is computed from others: what its class computes says nothing.
-    if "forward" in vars(module) or not own <= {"weight", "bias"}:
+    # Patched, or with weights further inside, or with one that is computed from others: neither its
+    # class nor an experiment says what it computes once those have been trained.
+    if "forward" in vars(module) or not own <= {"weight", "bias"} or _trains_inside(module):
         return RecordsAlone()
     with whole_parameters(module):
         return affine_rule(name, module, kernel) or convolution_rule(module) or RecordsAlone()
+
+
+def _trains_inside(module: nn.Module) -> bool:
+    return any(p.requires_grad for child in module.children() for p in child.parameters())
 
 
 def affine_rule(name: str, module: nn.Module, kernel: NormKernel) -> Rule | None:

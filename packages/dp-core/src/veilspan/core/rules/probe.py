@@ -78,8 +78,9 @@ def probe_input(like: Tensor, width: int) -> Tensor:
 
 def run(module: nn.Module, inputs: Tensor) -> Tensor | None:
     """Return the output of `module` in training mode, or None when it takes other inputs."""
-    was_training = module.training
-    module.training = True  # what runs in training is what must match: dropout must show
+    was_training = [(part, part.training) for part in module.modules()]
+    for part, _ in was_training:
+        part.training = True  # what runs in training is what must match: dropout must show
     try:
         with torch.no_grad():
             # The hooks of FSDP would take a lone call for the first one of a whole model.
@@ -87,7 +88,8 @@ def run(module: nn.Module, inputs: Tensor) -> Tensor | None:
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError):
         return None
     finally:
-        module.training = was_training
+        for part, training in was_training:
+            part.training = training
     return output if isinstance(output, Tensor) else None
 
 
