@@ -136,6 +136,30 @@ def test_multihead_attention_is_exact_with_masks(backward, mask):
     assert_exact(model, attention_losses, batch, backward, size=4)
 
 
+class InPlace(nn.Module):
+    """Writes into what its layers return, as many models do to save memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        hidden = self.down(self.act(self.norm(self.act(self.up(x)))))
+        hidden += x
+        hidden[..., 0] = 0.0
+        return hidden
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6)])
+@pytest.mark.parametrize("backward", TAPPED)
+def test_what_a_layer_returns_may_be_written_in_place(backward, shape):
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(shape, dtype=torch.float64)}
+    model = InPlace().double()
+    assert_exact(model, lambda m, b: m(b["x"]).square().flatten(1).sum(1), batch, backward)
+
+
 def test_transformer_encoder_layers_are_exact():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
