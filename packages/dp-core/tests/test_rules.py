@@ -226,11 +226,50 @@ class DroppingNorm(nn.LayerNorm):
         return super().forward(self.drop(input))
 
 
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        return -0.5 * grad_outputs[0]
+
+
+class OneWay(nn.Linear):
+    """Computes one map, differentiates another: `how` says where."""
+
+    def __init__(self, how):
+        super().__init__(5, 5)
+        self.how = how
+
+    def forward(self, input):
+        if self.how == "input detached":
+            return super().forward(input.detach())
+        if self.how == "input reversed":
+            return super().forward(Reversed.apply(input))
+        return nn.functional.linear(input, self.weight.detach(), self.bias)
+
+
+class OneWayNorm(nn.LayerNorm):
+    def forward(self, input):
+        return super().forward(Reversed.apply(input))
+
+
+class ShrunkLookup(nn.Embedding):
+    """Takes a tenth of its gradient, as some large models do to keep training stable."""
+
+    def forward(self, input):
+        rows = super().forward(input)
+        return 0.1 * rows + 0.9 * rows.detach()
+
+
 def adapter():
     """Return an adapter that is nothing yet, as one is before training."""
     up = nn.Linear(2, 5)
     with torch.no_grad():
-        up.weight.zero_(), up.bias.zero_()
+        up.weight.zero_()
+        up.bias.zero_()
     return nn.Sequential(nn.Linear(5, 2), up)
 
 
@@ -244,6 +283,11 @@ def adapter():
         DroppingNorm().eval(),
         Holding(adapter(), where="beside"),
         Gated(),
+        OneWay("input detached"),
+        OneWay("input reversed"),
+        OneWay("weight detached"),
+        OneWayNorm(5),
+        ShrunkLookup(7, 5),
         Twice(4, 4),
         nn.GroupNorm(2, 4),
         nn.PReLU(5),
@@ -258,6 +302,22 @@ def test_a_module_that_computes_something_else_runs_its_records_alone(module):
 def test_what_is_trained_inside_of_another_layer_gets_its_gradient(make):
     torch.manual_seed(0)
     assert_rule_matches(make, [(3, 4, 5)])
+
+
+@pytest.mark.parametrize("how", ["input detached", "input reversed", "weight detached"])
+def test_gradients_are_those_of_autograd_also_where_they_are_not_those_of_the_formula(how):
+    torch.manual_seed(0)
+    assert_rule_matches(OneWay(how), [(3, 4, 5)])
+
+
+def test_a_lookup_that_takes_a_part_of_its_gradient_is_exact():
+    assert_rule_matches(ShrunkLookup(7, 5), torch.tensor([[0, 1, 0], [2, 6, 0]]))
+
+
+def test_a_frozen_weight_may_be_detached():
+    module = OneWay("weight detached")
+    module.weight.requires_grad_(False)
+    assert isinstance(rule_of(module), LinearRule)
 
 
 def test_an_experiment_leaves_the_mode_of_every_part_as_it_was():

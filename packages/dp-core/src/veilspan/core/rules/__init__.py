@@ -15,7 +15,7 @@ from veilspan.core.rules.convolution import convolution_rule
 from veilspan.core.rules.embedding import embedding_rule
 from veilspan.core.rules.linear import linear_rule
 from veilspan.core.rules.norm import norm_rule
-from veilspan.core.rules.probe import whole_parameters
+from veilspan.core.rules.probe import differentiates_as, trains_inside, whole_parameters
 
 __all__ = ["RecordsAlone", "Rule", "affine_rule", "find_rule", "register_rule"]
 
@@ -85,17 +85,16 @@ def find_rule(name: str, module: nn.Module, kernel: NormKernel) -> Rule | Record
         return whole
     # Patched, or with weights further inside, or with one that is computed from others: neither its
     # class nor an experiment says what it computes once those have been trained.
-    if "forward" in vars(module) or not own <= {"weight", "bias"} or _trains_inside(module):
+    if "forward" in vars(module) or not own <= {"weight", "bias"} or trains_inside(module):
         return RecordsAlone()
     with whole_parameters(module):
         return affine_rule(name, module, kernel) or convolution_rule(module) or RecordsAlone()
 
 
-def _trains_inside(module: nn.Module) -> bool:
-    return any(p.requires_grad for child in module.children() for p in child.parameters())
-
-
 def affine_rule(name: str, module: nn.Module, kernel: NormKernel) -> Rule | None:
     """Return the rule of an embedding, a linear map or an elementwise-affine norm, else None."""
     table = embedding_rule(module, name, kernel)
-    return table or linear_rule(module, kernel) or norm_rule(module, kernel)
+    rule = table or linear_rule(module, kernel) or norm_rule(module, kernel)
+    if rule is None or type(module).forward in (nn.Linear.forward, nn.Embedding.forward):
+        return rule
+    return rule if differentiates_as(module, rule) else None
