@@ -325,3 +325,27 @@ def test_an_experiment_leaves_the_mode_of_every_part_as_it_was():
     module.drop.eval()
     assert rule_of(module) == RecordsAlone()
     assert (module.training, module.drop.training) == (True, False)
+
+
+class Centred(nn.Module):
+    """A norm whose x̂ is of no standard form, so that its rule runs the module itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5))
+
+    def forward(self, x):
+        return (x - x.mean(-1, keepdim=True)) * self.weight
+
+
+@pytest.mark.parametrize("make", [Centred, lambda: Transposed(5, 5), lambda: ShrunkLookup(7, 5)])
+def test_hooks_act_around_a_layer_once_and_see_no_experiment(make):
+    torch.manual_seed(0)
+    module, calls = make(), []
+    seen = module.register_forward_pre_hook(lambda *_: calls.append(1))
+    rule_of(module)
+    assert not calls
+    seen.remove()
+    module.register_forward_hook(lambda module, inputs, output: 2.0 * output)
+    table = isinstance(module, nn.Embedding)
+    assert_rule_matches(module, torch.tensor([[0, 1], [2, 6]]) if table else [(3, 4, 5)])

@@ -16,6 +16,7 @@ from veilspan.core.contributions import Contribution
 from veilspan.core.norms import compute_dtype
 from veilspan.core.rules.base import Rule
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GROSS = 2.0**-4  # beyond what TF32 or bf16 rounds
 
 
@@ -38,13 +39,12 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:
-    """Return a copy that shares everything but a patched forward, and the hooks of FSDP."""
+    """Return a copy that shares everything but hooks and a patched forward."""
     split = isinstance(module, FSDPModule)
     kind = type(module).__mro__[2] if split else type(module)  # FSDP puts two classes before it
     twin = object.__new__(kind)
     twin.__dict__ = {k: v for k, v in module.__dict__.items() if k != "forward"}
-    if split:
-        twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
+    twin.__dict__ |= {k: OrderedDict() for k in _HOOKS}
     return twin
 
 
@@ -89,8 +89,8 @@ def run(module: nn.Module, inputs: Tensor, *, graph: bool = False) -> Tensor | N
         part.training = True  # what runs in training is what must match: dropout must show
     try:
         with torch.set_grad_enabled(graph):
-            # The hooks of FSDP would take a lone call for the first one of a whole model.
-            output = (module.forward if isinstance(module, FSDPModule) else module)(inputs)
+            # A tap takes the place of forward alone; hooks would take this call for a real one.
+            output = module.forward(inputs)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError):
         return None
     finally:
