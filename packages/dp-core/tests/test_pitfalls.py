@@ -291,7 +291,7 @@ def test_pitfall_11_a_trained_tensor_that_is_no_parameter_is_refused(backward, b
     with pytest.raises(UnsupportedModelError, match=r"'0.prompt' requires a gradient but is no"):
         attach(model, backward)
     model[0].prompt.requires_grad_(False)
-    vars(model[0])["alias"] = model[0].linear.weight  # a parameter, under a second name
+    vars(model[0])["alias"] = next(model.parameters())  # a parameter, under a second name
     step = attach(model, backward)
     model[0].prompt.requires_grad_(True)
     with pytest.raises(UnsupportedModelError, match=r"'0.prompt' requires a gradient but"), step:
