@@ -108,6 +108,18 @@ def test_a_whole_compiled_model_clips_exactly(strategy):
     compiled_equals_oracle(Stack(), strategy, fullgraph=False, size=size)
 
 
+class InPlace(Block):
+    def forward(self, x):
+        hidden = super().forward(x)
+        return self.up(hidden).relu_()[..., : hidden.shape[-1]]
+
+
+def test_what_a_layer_of_a_compiled_block_returns_may_be_written_in_place():
+    model = Stack()
+    model.blocks[1] = InPlace(6)
+    compiled_equals_oracle(model, "two_pass")
+
+
 def test_a_compiled_model_trains_plainly_after_detach():
     model = Stack()
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])

@@ -54,6 +54,32 @@ def test_a_factor_that_would_round_up_in_fp32_drops_its_record(backward, clip_no
 
 
 @pytest.mark.parametrize(
+    "backward", ["single_sample", "per_sample", "bookkeeping", "two_pass", "per_layer"]
+)
+@pytest.mark.parametrize("scale", [1e-21, 1e-22, 3e-23, 1e-24, 1e-30])
+@pytest.mark.parametrize(
+    ("clip_norm", "rule"), [(1.0, Automatic(gamma=0.0)), (1e-25, Clip()), (1e-30, Clip())]
+)
+def test_a_norm_whose_squares_underflow_in_fp32_is_rounded_up(backward, scale, clip_norm, rule):
+    torch.manual_seed(0)
+    model, captured = nn.Linear(6, 4), []
+    step = PrivateStep(
+        model,
+        clipping=(PerLayer if backward == "per_layer" else Flat)(clip_norm=clip_norm, rule=rule),
+        noise_multiplier=0.0,
+        expected_batch_size=1.0,
+        backward=backward,
+    )
+    for _ in range(4):
+        with step:
+            step.backward(scale * model(torch.randn(1, 5, 6)).flatten(1).sum(1))
+        grads = [p.grad.double().flatten() for p in model.parameters()]
+        captured.append(float(torch.cat(grads).norm()))
+        model.zero_grad()
+    assert max(captured) <= clip_norm * (1 + 1e-7)
+
+
+@pytest.mark.parametrize(
     ("clipping", "names"),
     [
         (Flat(clip_norm=1.0), ["all"]),

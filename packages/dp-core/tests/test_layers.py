@@ -136,6 +136,60 @@ def test_multihead_attention_is_exact_with_masks(backward, mask):
     assert_exact(model, attention_losses, batch, backward, size=4)
 
 
+class ShortConvolution(nn.Module):
+    """Uses the weight of a convolution by function, as LFM2 does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(6, 6, 3, groups=6, bias=False)
+
+    def forward(self, x):
+        padded = nn.functional.pad(x.mT, (2, 0))
+        return nn.functional.conv1d(padded, self.conv.weight, groups=6).mT
+
+
+@pytest.mark.parametrize("backward", TAPPED)
+def test_the_way_out_for_a_weight_used_by_function_is_exact(backward):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), ShortConvolution(), nn.Linear(6, 2)).double()
+    batch = {"x": torch.randn(4, 5, 6, dtype=torch.float64)}
+
+    def losses(model, batch):
+        return model(batch["x"]).square().flatten(1).sum(1)
+
+    with pytest.raises(PrivacyError, match=r"'1.conv.weight' received .* register_rule\(type"):
+        assert_exact(model, losses, batch, backward)
+    handle = register_rule(ShortConvolution, RecordsAlone())
+    try:
+        assert_exact(model, losses, batch, backward)
+    finally:
+        handle.remove()
+
+
+class InPlace(nn.Module):
+    """Writes into what its layers return, as many models do to save memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        hidden = self.down(self.act(self.norm(self.act(self.up(x)))))
+        hidden += x
+        hidden[..., 0] = 0.0
+        return hidden
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6)])
+@pytest.mark.parametrize("backward", TAPPED)
+def test_what_a_layer_returns_may_be_written_in_place(backward, shape):
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(shape, dtype=torch.float64)}
+    model = InPlace().double()
+    assert_exact(model, lambda m, b: m(b["x"]).square().flatten(1).sum(1), batch, backward)
+
+
 def test_transformer_encoder_layers_are_exact():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)

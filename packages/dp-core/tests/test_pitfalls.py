@@ -268,6 +268,36 @@ def test_pitfall_11_parameters_changed_after_attach_are_refused(backward, change
     assert all(p.grad is None for p in model.parameters())
 
 
+class Prompted(nn.Module):
+    """Holds a tensor that is trained, but is no parameter."""
+
+    def __init__(self, *, buffer):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        prompt = torch.zeros(3, requires_grad=True)
+        if buffer:
+            self.register_buffer("prompt", prompt)
+        else:
+            self.prompt = prompt
+
+    def forward(self, x):
+        return self.linear(x + self.prompt)
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+@under_every_strategy
+def test_pitfall_11_a_trained_tensor_that_is_no_parameter_is_refused(backward, buffer):
+    model = nn.Sequential(Prompted(buffer=buffer))
+    with pytest.raises(UnsupportedModelError, match=r"'0.prompt' requires a gradient but is no"):
+        attach(model, backward)
+    model[0].prompt.requires_grad_(False)
+    vars(model[0])["alias"] = next(model.parameters())  # a parameter, under a second name
+    step = attach(model, backward)
+    model[0].prompt.requires_grad_(True)
+    with pytest.raises(UnsupportedModelError, match=r"'0.prompt' requires a gradient but"), step:
+        pass
+
+
 @under_every_tap
 def test_pitfall_11_a_layer_exchanged_for_one_with_the_same_parameters_is_refused(backward):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))

@@ -244,6 +244,37 @@ def test_pitfall_37_losses_that_couple_records_are_refused(backward, loss):
         step.backward(COUPLED[loss](model(torch.randn(3, 3))))
 
 
+class OneRowForAll(nn.Module):
+    """Takes of the first row what all records share: right in the batch's own shapes alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(7, 6), nn.Embedding(9, 6)
+        self.head = nn.Linear(6, 7)
+
+    def forward(self, ids):
+        places = self.places(torch.arange(ids.shape[1])[None])[0]
+        return self.head(self.tokens(ids) + places)
+
+
+@under_every_tap
+def test_pitfall_37_one_row_that_serves_every_record_is_refused(backward):
+    """Else its gradients, of all records, would count as those of the first one."""
+    model, ids = OneRowForAll(), torch.randint(0, 7, (4, 9))
+    step = attach(model, backward)
+    with pytest.raises(PrivacyError, match=r"loss of record 3 depends .* module 'places'"), step:
+        step.backward(entropies(model, {"ids": ids}))
+
+
+@under_every_tap
+def test_pitfall_37_rows_that_fill_a_micro_batch_hide_no_coupling(backward):
+    model, ids = OneRowForAll(), torch.randint(0, 7, (4, 9))
+    is_record_B = torch.tensor([True, True, False, False])
+    step = attach(model, backward)
+    with pytest.raises(PrivacyError, match="loss of record 1 depends"), step:
+        step.backward(entropies(model, {"ids": ids}), is_record_B)
+
+
 @pytest.mark.parametrize("backward", ["auto", *STRATEGIES])
 def test_pitfall_37_batch_norm_is_refused_under_every_strategy(backward):
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
@@ -289,16 +320,19 @@ def test_pitfall_38_a_router_that_drops_tokens_for_those_of_others_is_found():
 class Drops(nn.Module):
     """Dropout between two layers, recomputed in the backward pass or not."""
 
-    def __init__(self, recompute):
+    def __init__(self, recompute, *, use_reentrant=False, preserve_rng_state=True):
         super().__init__()
         self.up, self.drop, self.down = nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 4)
-        self.recompute = recompute
+        self.recompute, self.how = recompute, (use_reentrant, preserve_rng_state)
 
     def body(self, x):
         return self.down(self.drop(torch.tanh(self.up(x))))
 
     def forward(self, x):
-        return checkpoint(self.body, x, use_reentrant=False) if self.recompute else self.body(x)
+        if not self.recompute:
+            return self.body(x)
+        reentrant, preserve = self.how
+        return checkpoint(self.body, x, use_reentrant=reentrant, preserve_rng_state=preserve)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -309,6 +343,23 @@ def test_pitfall_40_norm_and_sum_see_the_same_dropout_masks(backward, norms, rec
     model, batch = Drops(recompute).double(), {"x": 9 * torch.randn(1, 3, 4, dtype=torch.float64)}
     alone = total(model, batch_losses, batch, backward, norms=norms)
     assert flat(alone).norm().item() == pytest.approx(1.0, rel=1e-9)  # the clip norm, not less
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@under_every_tap
+def test_pitfall_40_masks_that_are_drawn_anew_in_the_backward_pass_hide_no_norm(
+    backward, use_reentrant
+):
+    torch.manual_seed(0)
+    model = Drops(True, use_reentrant=use_reentrant, preserve_rng_state=False).double()
+    x = 9 * torch.randn(1, 3, 4, dtype=torch.float64)
+    if backward == "two_pass":  # the sum would be of other masks than the norm
+        step = attach(model, backward)
+        with pytest.raises(PrivacyError, match="drew random numbers"), step:
+            step.backward(square_losses(model, x.requires_grad_()))
+        return
+    alone = total(model, batch_losses, {"x": x.requires_grad_()}, backward)
+    assert flat(alone).norm().item() == pytest.approx(1.0, rel=1e-9)
 
 
 @pytest.mark.parametrize("accumulate", ["fp32", "exact"])

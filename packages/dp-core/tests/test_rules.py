@@ -184,11 +184,110 @@ class Twice(nn.Linear):
         return super().forward(super().forward(input))
 
 
+class Holding(nn.Module):
+    """A layer with another one in it: before the layer, beside it, or after it."""
+
+    def __init__(self, inner, *, where):
+        super().__init__()
+        self.weight, self.inner, self.where = nn.Parameter(torch.randn(5, 5)), inner, where
+
+    def forward(self, x):
+        if self.where == "before":
+            return self.inner(x) @ self.weight
+        return x @ self.weight + self.inner(x)
+
+
+class Gated(nn.Module):
+    """Not elementwise in what it trains: its own weight scales what another layer makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.inner = nn.Parameter(torch.randn(5)), nn.Linear(5, 5)
+
+    def forward(self, x):
+        return self.inner(x) * self.weight
+
+
+class DroppingLookup(nn.Embedding):
+    def __init__(self):
+        super().__init__(7, 5)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, input):
+        return self.drop(super().forward(input))
+
+
+class DroppingNorm(nn.LayerNorm):
+    def __init__(self):
+        super().__init__(5)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, input):
+        return super().forward(self.drop(input))
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        return -0.5 * grad_outputs[0]
+
+
+class OneWay(nn.Linear):
+    """Computes one map, differentiates another: `how` says where."""
+
+    def __init__(self, how):
+        super().__init__(5, 5)
+        self.how = how
+
+    def forward(self, input):
+        if self.how == "input detached":
+            return super().forward(input.detach())
+        if self.how == "input reversed":
+            return super().forward(Reversed.apply(input))
+        return nn.functional.linear(input, self.weight.detach(), self.bias)
+
+
+class OneWayNorm(nn.LayerNorm):
+    def forward(self, input):
+        return super().forward(Reversed.apply(input))
+
+
+class ShrunkLookup(nn.Embedding):
+    """Takes a tenth of its gradient, as some large models do to keep training stable."""
+
+    def forward(self, input):
+        rows = super().forward(input)
+        return 0.1 * rows + 0.9 * rows.detach()
+
+
+def adapter():
+    """Return an adapter that is nothing yet, as one is before training."""
+    up = nn.Linear(2, 5)
+    with torch.no_grad():
+        up.weight.zero_()
+        up.bias.zero_()
+    return nn.Sequential(nn.Linear(5, 2), up)
+
+
 @pytest.mark.parametrize(
     "module",
     [
         Dropping(5, 3),
         Dropping(5, 3).eval(),
+        Holding(nn.Dropout(0.5), where="before").eval(),
+        DroppingLookup().eval(),
+        DroppingNorm().eval(),
+        Holding(adapter(), where="beside"),
+        Gated(),
+        OneWay("input detached"),
+        OneWay("input reversed"),
+        OneWay("weight detached"),
+        OneWayNorm(5),
+        ShrunkLookup(7, 5),
         Twice(4, 4),
         nn.GroupNorm(2, 4),
         nn.PReLU(5),
@@ -197,3 +296,56 @@ class Twice(nn.Linear):
 )
 def test_a_module_that_computes_something_else_runs_its_records_alone(module):
     assert rule_of(module) == RecordsAlone()
+
+
+@pytest.mark.parametrize("make", [lambda: Holding(adapter(), where="beside"), Gated])
+def test_what_is_trained_inside_of_another_layer_gets_its_gradient(make):
+    torch.manual_seed(0)
+    assert_rule_matches(make, [(3, 4, 5)])
+
+
+@pytest.mark.parametrize("how", ["input detached", "input reversed", "weight detached"])
+def test_gradients_are_those_of_autograd_also_where_they_are_not_those_of_the_formula(how):
+    torch.manual_seed(0)
+    assert_rule_matches(OneWay(how), [(3, 4, 5)])
+
+
+def test_a_lookup_that_takes_a_part_of_its_gradient_is_exact():
+    assert_rule_matches(ShrunkLookup(7, 5), torch.tensor([[0, 1, 0], [2, 6, 0]]))
+
+
+def test_a_frozen_weight_may_be_detached():
+    module = OneWay("weight detached")
+    module.weight.requires_grad_(False)
+    assert isinstance(rule_of(module), LinearRule)
+
+
+def test_an_experiment_leaves_the_mode_of_every_part_as_it_was():
+    module = DroppingNorm()
+    module.drop.eval()
+    assert rule_of(module) == RecordsAlone()
+    assert (module.training, module.drop.training) == (True, False)
+
+
+class Centred(nn.Module):
+    """A norm whose x̂ is of no standard form, so that its rule runs the module itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5))
+
+    def forward(self, x):
+        return (x - x.mean(-1, keepdim=True)) * self.weight
+
+
+@pytest.mark.parametrize("make", [Centred, lambda: Transposed(5, 5), lambda: ShrunkLookup(7, 5)])
+def test_hooks_act_around_a_layer_once_and_see_no_experiment(make):
+    torch.manual_seed(0)
+    module, calls = make(), []
+    seen = module.register_forward_pre_hook(lambda *_: calls.append(1))
+    rule_of(module)
+    assert not calls
+    seen.remove()
+    module.register_forward_hook(lambda module, inputs, output: 2.0 * output)
+    table = isinstance(module, nn.Embedding)
+    assert_rule_matches(module, torch.tensor([[0, 1], [2, 6]]) if table else [(3, 4, 5)])

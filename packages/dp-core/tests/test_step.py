@@ -407,6 +407,14 @@ def test_no_noise_hides_an_infinite_clip_norm():
         attach(nn.Linear(2, 2), clip_norm=math.inf, noise_multiplier=1.0)
 
 
+def test_complex_parameters_are_refused_by_name():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.complex64))
+    with pytest.raises(UnsupportedModelError, match=r"'1\.weight' is torch\.complex64"):
+        PrivateStep(
+            model, clipping=Flat(clip_norm=1.0), noise_multiplier=1.0, expected_batch_size=1.0
+        )
+
+
 def test_a_model_with_nothing_to_train_is_refused():
     with pytest.raises(UnsupportedModelError, match="no trainable parameter"):
         attach(nn.Linear(2, 2).requires_grad_(False))

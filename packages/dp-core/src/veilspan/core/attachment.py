@@ -217,7 +217,9 @@ class Attachment:
             raise PrivacyError(
                 f"Parameter '{stray[0]}' received a gradient from outside of its module's forward "
                 "(functional use such as F.linear(h, emb.weight)), so no per-sample norm covers "
-                "it. Call the owning module instead, or use backward='single_sample'."
+                "it. Call the owning module instead; or let the module that holds both run its "
+                "records one at a time, register_rule(type(that_module), RecordsAlone()); or use "
+                "backward='single_sample'."
             )
 
 

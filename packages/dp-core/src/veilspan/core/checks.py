@@ -198,3 +198,27 @@ def second_pass_explained() -> Iterator[None]:
             "is probed. Use another strategy, and call step.probe(losses_B) once on a forward pass "
             "of its own, or use checkpointing that is not selective."
         ) from error
+
+
+@contextmanager
+def nothing_drawn(device: torch.device) -> Iterator[None]:
+    """Refuse a backward pass that draws random numbers: the next one would draw others.
+
+    Raises:
+        PrivacyError: If the state of torch's own generators has changed.
+    """
+    before = _generator_states(device)
+    yield
+    if not all(map(torch.equal, before, _generator_states(device))):
+        raise PrivacyError(
+            "The backward pass drew random numbers, so the second pass of backward='two_pass' "
+            "would add other gradients than the first one measured. Let activation checkpointing "
+            "draw the same masks again (preserve_rng_state=True), or use another strategy."
+        )
+
+
+def _generator_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states

@@ -37,6 +37,14 @@ def keep_saved_tensors(keep: bool) -> None:
     functorch_config.donated_buffer = False if keep else _DONATED_BY_DEFAULT
 
 
+def no_view(output: Tensor) -> Tensor:
+    """Return the same memory as a tensor that is no view: it may be written in place after a tap.
+
+    A linear map returns a view of a product with fewer dimensions, which nobody else holds.
+    """
+    return torch.ops.aten._unsafe_view(output, output.shape)
+
+
 class TracedTap(torch.autograd.Function):
     """Identity on an output that needs no gradient of its own."""
 
@@ -47,7 +55,7 @@ class TracedTap(torch.autograd.Function):
         """Return `output`."""
         ctx.number, ctx.needs_grad = number, inputs.requires_grad
         ctx.save_for_backward(saved, anchor)
-        return output.view_as(output)
+        return no_view(output)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:

@@ -214,7 +214,7 @@ class PrivateStep:
             self._attachment.end_micro_batch()
 
     def probe(self, losses_B: Tensor) -> None:
-        """Test on a forward pass of its own that loss 0 reaches no other record; add nothing.
+        """Test on a forward pass of its own that no loss reaches another record; add nothing.
 
         Else `backward` does so, on a graph that selective checkpointing lets be used once.
 
@@ -222,7 +222,7 @@ class PrivateStep:
             losses_B: One loss per record, `[B]`, computed inside `with step:`.
 
         Raises:
-            PrivacyError: If loss 0 depends on another record.
+            PrivacyError: If the last loss depends on another record.
         """
         check_losses(losses_B)
         try:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from veilspan.core.errors import UnsupportedModelError
@@ -30,7 +30,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return each trainable parameter once, by a name that wrappers do not change.
 
     Raises:
-        UnsupportedModelError: If nothing is trainable, or a hook would see a raw gradient.
+        UnsupportedModelError: If nothing is trainable, a parameter is complex, or a raw gradient
+            would reach a hook, or a tensor that is no parameter.
     """
     owned = {_WRAPPERS.sub("", n): p for n, p in model.named_parameters() if p.requires_grad}
     if not owned:
@@ -38,7 +39,13 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             "The model has no trainable parameter (requires_grad=True). Unfreeze what is to be "
             "trained before PrivateStep is built."
         )
+    _refuse_other_leaves(model, {id(parameter) for parameter in owned.values()})
     for name, parameter in owned.items():
+        if parameter.is_complex():
+            raise UnsupportedModelError(
+                f"Parameter '{name}' is {parameter.dtype}; norms and noise are those of real "
+                "numbers. Train its real and imaginary part, as torch.view_as_real gives them."
+            )
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise UnsupportedModelError(
                 f"Parameter '{name}' has a post-accumulate-grad hook, which would see its gradient "
@@ -52,6 +59,19 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
                 "the `with step:` block."
             )
     return owned
+
+
+def _refuse_other_leaves(model: nn.Module, owned: set[int]) -> None:
+    """Refuse tensors of a module that would get a raw gradient, since they are no parameters."""
+    for path, module in model.named_modules():
+        for name, value in (*vars(module).items(), *module._buffers.items()):
+            leaf = isinstance(value, Tensor) and value.requires_grad and value.is_leaf
+            if leaf and id(value) not in owned:
+                raise UnsupportedModelError(
+                    f"Tensor '{f'{path}.{name}'.lstrip('.')}' requires a gradient but is no "
+                    "parameter, so its gradient would be neither clipped nor noised. Make it an "
+                    "nn.Parameter, or call requires_grad_(False) on it."
+                )
 
 
 def refuse_cross_sample_layers(model: nn.Module) -> None:

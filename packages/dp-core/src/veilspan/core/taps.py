@@ -275,6 +275,10 @@ def reached(grad_output: Tensor) -> Tensor:
     return ((grad_output != 0) & grad_output.isfinite()).flatten(1).any(1)
 
 
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
 class _Tap(torch.autograd.Function):
     """Forward of the module itself; backward that hands over instead of forming its gradient."""
 
@@ -284,7 +288,8 @@ class _Tap(torch.autograd.Function):
         output = site.forward(inputs)
         ctx.site, ctx.anchor = site, anchor
         ctx.save_for_backward(site.rule.saved_input(inputs, output))
-        return output
+        own_view = output._is_view() and not _share_memory(output, inputs)
+        return compiled.no_view(output) if own_view else output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:

@@ -21,13 +21,14 @@ STRATEGIES: dict[str, Backward] = {
 }
 
 
-def probe(work: Workspace, losses_B: Tensor) -> None:
-    """Note whether loss 0 was seen to reach its own record alone, on every rank of a split model.
+def probe(work: Workspace, losses_B: Tensor, is_record_B: Tensor | None = None) -> None:
+    """Note whether the last loss was seen to reach its own record alone, on all ranks of a split.
 
     Such ranks go on probing until all have seen it, since each must run the backward passes of the
     others.
     """
-    seen, together = reaches_its_record_alone(work.attachment, losses_B), work.sums.together
+    seen = reaches_its_record_alone(work.attachment, losses_B, is_record_B)
+    together = work.sums.together
     alike = together is None or together.agree(int(seen))
     work.separable = alike and seen
 
@@ -42,5 +43,5 @@ def run_micro_batch(work: Workspace, losses_B: Tensor) -> None:
     # Under the caller's autocast, norms and sums would be products of operands rounded to bf16.
     with second_pass_explained(), torch.autocast(losses_B.device.type, enabled=False):
         if not work.separable:
-            probe(work, losses_B)
+            probe(work, losses_B, work.is_record_B)
         strategy.run(work, losses_B)

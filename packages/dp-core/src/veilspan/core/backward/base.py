@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -24,6 +25,9 @@ FORMED_SLACK = 2.0**-18
 
 Cancellation inside a layer is guarded apart from this, in the norms themselves.
 """
+
+UNDERFLOW = 2.0**-110
+"""Bound, for each element, on what squares and Gram products in fp32 lose where they underflow."""
 
 
 @dataclass(kw_only=True)
@@ -71,7 +75,7 @@ class Workspace:
             slack: Relative bound on the error of the norms.
             first: Row of the micro-batch that `sq_norm_B` begins with.
         """
-        factor_B = self.groups.factors(group, sq_norm_B, slack=slack)
+        factor_B = self.groups.factors(group, sq_norm_B + self._lost_by_group[group], slack=slack)
         counted_B = torch.ones_like(sq_norm_B)
         if self.is_record_B is not None:
             counted_B = self.is_record_B[first : first + len(sq_norm_B)].to(sq_norm_B)
@@ -80,6 +84,15 @@ class Workspace:
             within_B = sq_norm_B <= self.groups.clip_norms[group] ** 2  # False for NaN
             self.within_M[group] += ((within_B.double() - 0.5) * counted_B).sum()
         return factor_B
+
+    @cached_property
+    def _lost_by_group(self) -> list[float]:
+        """What a squared norm of each group may have lost below the normal fp32 numbers."""
+        lost = [0.0] * len(self.groups)
+        for name, parameter in self.owned.items():
+            if parameter.dtype != torch.float64:
+                lost[self.groups.index[name]] += parameter.numel() * UNDERFLOW
+        return lost
 
     def all_factors(self, sq_norm_MB: Tensor, *, slack: float) -> Tensor:
         """Return the factors of every group, `[M, B]` fp64."""

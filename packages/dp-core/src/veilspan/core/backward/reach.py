@@ -28,12 +28,18 @@ class ReachPass:
         self.reached_B[name] = self.reached_B.get(name, False) | use.reached()
 
 
-def reaches_its_record_alone(attachment: Attachment, losses_B: Tensor) -> bool:
-    """Return whether the loss of record 0 was seen to reach record 0, and no other.
+def reaches_its_record_alone(
+    attachment: Attachment, losses_B: Tensor, is_record_B: Tensor | None = None
+) -> bool:
+    """Return whether the loss of the last record was seen to reach that record, and no other.
+
+    The last one, because what a model takes of one row for all of them it takes of the first, as
+    `positions(ids[None])[0]` does.
 
     Args:
         attachment: The model, with a micro-batch in progress.
         losses_B: One loss per record; its graph is kept.
+        is_record_B: Which rows are records; None for all of them.
 
     Returns:
         False where nothing can be told: fewer than two records, no taps, a gradient of zero.
@@ -44,16 +50,19 @@ def reaches_its_record_alone(attachment: Attachment, losses_B: Tensor) -> bool:
     batch = attachment.micro_batch
     if batch is None or batch.size < 2:
         return False
+    last = batch.size - 1
+    if is_record_B is not None and bool(is_record_B.any()):
+        last = int(is_record_B.nonzero()[-1])
     reach = ReachPass()
-    batch.differentiate(losses_B[0], reach, keep_graph=True)
+    batch.differentiate(losses_B[last], reach, keep_graph=True)
     attachment.require_owned_gradients_only()
     for name, reached_B in reach.reached_B.items():
-        if bool(reached_B[1:].any()):
+        if bool(reached_B[:last].any() | reached_B[last + 1 :].any()):
             raise PrivacyError(
-                f"The loss of record 0 depends on other records of the micro-batch (seen at module "
-                f"'{name}'): clipping one record would not bound its influence. Look for a "
-                "batch-wide mean, an auxiliary or contrastive loss, attention across records, or a "
-                "batch dimension that is not first."
+                f"The loss of record {last} depends on other records of the micro-batch (seen at "
+                f"module '{name}'): clipping one record would not bound its influence. Look for a "
+                "batch-wide mean, an auxiliary or contrastive loss, attention across records, one "
+                "row taken for all of them, or a batch dimension that is not first."
             )
-    reached = any(bool(reached_B[0]) for reached_B in reach.reached_B.values())
+    reached = any(bool(reached_B[last]) for reached_B in reach.reached_B.values())
     return reached and bool(losses_B.isfinite().all())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from veilspan.core.backward.base import FORMED_SLACK, Workspace
 from veilspan.core.backward.passes import NormPass, SumPass
+from veilspan.core.checks import nothing_drawn
 
 
 class TwoPass:
@@ -23,7 +24,8 @@ class TwoPass:
         batch = work.attachment.micro_batch
         assert batch is not None
         loss, norms = losses_B.sum(), NormPass(work, batch)
-        batch.differentiate(loss, norms, keep_graph=True)
+        with nothing_drawn(batch.device):
+            batch.differentiate(loss, norms, keep_graph=True)
         work.attachment.require_owned_gradients_only()
         factor_MB = work.all_factors(norms.sq_norms(), slack=work.slack(fp32=FORMED_SLACK))
         kept = norms.shared.names()

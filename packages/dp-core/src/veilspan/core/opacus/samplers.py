@@ -22,6 +22,7 @@ from veilspan.core.opacus.installed import opacus
 from veilspan.core.protocols import NormKernel
 from veilspan.core.rates import DeviceRates
 from veilspan.core.rules import Rule, affine_rule
+from veilspan.core.rules.probe import trains_inside
 
 REGISTRIES = ("NORM_SAMPLERS", "GRAD_SAMPLERS")
 """Attributes of an engine that hold Opacus' samplers by class of layer."""
@@ -124,7 +125,7 @@ def find_rules(
 
 def _must_stay(engine: Any, module: nn.Module) -> bool:
     """Return whether a layer keeps its sampler: it is patched, nested, or sampled by the user."""
-    nested = any(p.requires_grad for child in module.children() for p in child.parameters())
+    nested = trains_inside(module)
     samplers = [getattr(engine, name).get(type(module)) for name in REGISTRIES]
     theirs = [getattr(sampler, "__module__", "") or "" for sampler in samplers if sampler]
     foreign = not all(place.startswith("opacus.") for place in theirs)

@@ -15,7 +15,7 @@ from veilspan.core.rules.convolution import convolution_rule
 from veilspan.core.rules.embedding import embedding_rule
 from veilspan.core.rules.linear import linear_rule
 from veilspan.core.rules.norm import norm_rule
-from veilspan.core.rules.probe import whole_parameters
+from veilspan.core.rules.probe import differentiates_as, trains_inside, whole_parameters
 
 __all__ = ["RecordsAlone", "Rule", "affine_rule", "find_rule", "register_rule"]
 
@@ -83,8 +83,9 @@ def find_rule(name: str, module: nn.Module, kernel: NormKernel) -> Rule | Record
     own = {n for n, p in module.named_parameters(recurse=False) if p.requires_grad}
     if whole is not None or not own:
         return whole
-    # Patched, or with a weight that is computed from others: what its class computes says nothing.
-    if "forward" in vars(module) or not own <= {"weight", "bias"}:
+    # Patched, or with weights further inside, or with one that is computed from others: neither its
+    # class nor an experiment says what it computes once those have been trained.
+    if "forward" in vars(module) or not own <= {"weight", "bias"} or trains_inside(module):
         return RecordsAlone()
     with whole_parameters(module):
         return affine_rule(name, module, kernel) or convolution_rule(module) or RecordsAlone()
@@ -93,4 +94,7 @@ def find_rule(name: str, module: nn.Module, kernel: NormKernel) -> Rule | Record
 def affine_rule(name: str, module: nn.Module, kernel: NormKernel) -> Rule | None:
     """Return the rule of an embedding, a linear map or an elementwise-affine norm, else None."""
     table = embedding_rule(module, name, kernel)
-    return table or linear_rule(module, kernel) or norm_rule(module, kernel)
+    rule = table or linear_rule(module, kernel) or norm_rule(module, kernel)
+    if rule is None or type(module).forward in (nn.Linear.forward, nn.Embedding.forward):
+        return rule
+    return rule if differentiates_as(module, rule) else None

@@ -12,6 +12,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from veilspan.core.contributions import Contribution
+from veilspan.core.norms import compute_dtype
+from veilspan.core.rules.base import Rule
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GROSS = 2.0**-4  # beyond what TF32 or bf16 rounds
+
 
 @contextmanager
 def whole_parameters(module: nn.Module) -> Iterator[None]:
@@ -32,13 +39,12 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:
-    """Return a copy that shares everything but a patched forward, and the hooks of FSDP."""
+    """Return a copy that shares everything but hooks and a patched forward."""
     split = isinstance(module, FSDPModule)
     kind = type(module).__mro__[2] if split else type(module)  # FSDP puts two classes before it
     twin = object.__new__(kind)
     twin.__dict__ = {k: v for k, v in module.__dict__.items() if k != "forward"}
-    if split:
-        twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
+    twin.__dict__ |= {k: OrderedDict() for k in _HOOKS}
     return twin
 
 
@@ -76,18 +82,20 @@ def probe_input(like: Tensor, width: int) -> Tensor:
     return values.to(device=like.device, dtype=like.dtype)
 
 
-def run(module: nn.Module, inputs: Tensor) -> Tensor | None:
+def run(module: nn.Module, inputs: Tensor, *, graph: bool = False) -> Tensor | None:
     """Return the output of `module` in training mode, or None when it takes other inputs."""
-    was_training = module.training
-    module.training = True  # what runs in training is what must match: dropout must show
+    was_training = [(part, part.training) for part in module.modules()]
+    for part, _ in was_training:
+        part.training = True  # what runs in training is what must match: dropout must show
     try:
-        with torch.no_grad():
-            # The hooks of FSDP would take a lone call for the first one of a whole model.
-            output = (module.forward if isinstance(module, FSDPModule) else module)(inputs)
+        with torch.set_grad_enabled(graph):
+            # A tap takes the place of forward alone; hooks would take this call for a real one.
+            output = module.forward(inputs)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError):
         return None
     finally:
-        module.training = was_training
+        for part, training in was_training:
+            part.training = training
     return output if isinstance(output, Tensor) else None
 
 
@@ -111,3 +119,61 @@ def rounding_of(dtype: torch.dtype) -> float:
     eps = torch.finfo(dtype).eps
     single = torch.finfo(torch.float32).eps
     return 8 * eps if eps > single else 64 * single
+
+
+def trains_inside(module: nn.Module) -> bool:
+    """Return whether a module holds others that are trained."""
+    return any(p.requires_grad for child in module.children() for p in child.parameters())
+
+
+def differentiates_as(module: nn.Module, rule: Rule) -> bool:
+    """Return whether autograd's gradients of a module are those of its rule.
+
+    A module can compute one map and differentiate another: with a detached operand, or with a part
+    of its gradient. Gradients of weights are compared in one direction.
+    """
+    trained = [name for name, p in module.named_parameters(recurse=False) if p.requires_grad]
+    twin, inputs = _differentiable(module)
+    output = run(twin, inputs, graph=True)
+    if output is None or not output.requires_grad:
+        return False
+    leaves = {name: twin.get_parameter(name) for name in trained}
+    if inputs.is_floating_point():
+        leaves = {"": inputs, **leaves}
+    grad_output = torch.linspace(-1.0, 1.0, output.numel()).to(output).view_as(output)
+    exact = torch.autograd.grad(output, list(leaves.values()), grad_output, allow_unused=True)
+    saved = rule.saved_input(inputs.detach(), output.detach())
+    mine, parts = rule.backward(twin, saved, grad_output, needs_input=inputs.requires_grad)
+    for name, gradient in zip(leaves, exact, strict=True):
+        if gradient is None:
+            return False
+        if name:
+            gradient, mine = _in_one_direction(gradient, parts[name])
+        if not isinstance(mine, Tensor) or not close(mine, gradient, _GROSS):
+            return False
+    return True
+
+
+def _in_one_direction(gradient: Tensor, part: Contribution) -> tuple[Tensor, Tensor]:
+    """Return both gradients of a weight, as matrices, times one vector."""
+    columns = gradient.reshape(len(gradient), -1)
+    direction = torch.linspace(0.5, 1.5, columns.shape[1]).to(columns)[:, None]
+    found = part.project(direction[None].to(compute_dtype(columns.dtype)))
+    return columns @ direction, found.values_BRk[0]
+
+
+def _differentiable(module: nn.Module) -> tuple[nn.Module, Tensor]:
+    """Return a twin whose parameters are leaves of its own, with one record to run through it."""
+    table = isinstance(module, nn.Embedding)
+    twin = shallow_copy(module if table else probed(module))
+    own = own_parameters(twin)
+    if table:  # a few rows, as a gradient of all of them may be large
+        own["weight"] = own["weight"][:8]
+        vars(twin).update(num_embeddings=len(own["weight"]), padding_idx=None)
+    leaves = {n: nn.Parameter(p, requires_grad=p.is_floating_point()) for n, p in own.items()}
+    twin._parameters = {name: leaves.get(name) for name in twin._parameters}
+    if table:
+        return twin, torch.arange(len(own["weight"]), device=own["weight"].device)[None]
+    known = [probe_input(own["weight"], width)[:1] for width in reversed(own["weight"].shape)]
+    inputs = next((x for x in known if run(twin, x) is not None), known[0])
+    return twin, inputs.requires_grad_()
