@@ -314,6 +314,15 @@ def test_a_lookup_that_takes_a_part_of_its_gradient_is_exact():
     assert_rule_matches(ShrunkLookup(7, 5), torch.tensor([[0, 1, 0], [2, 6, 0]]))
 
 
+@pytest.mark.parametrize("start", ["zero", "identity"])
+def test_a_weight_that_looks_the_same_both_ways_gets_the_gradient_of_its_own(start):
+    module = Transposed(5, 5)
+    with torch.no_grad():
+        module.weight.copy_(torch.eye(5) if start == "identity" else torch.zeros(5, 5))
+    assert rule_of(module).name == "linear (transposed)"
+    assert_rule_matches(module, [(3, 4, 5)])
+
+
 def test_a_frozen_weight_may_be_detached():
     module = OneWay("weight detached")
     module.weight.requires_grad_(False)

@@ -94,7 +94,8 @@ def find_rule(name: str, module: nn.Module, kernel: NormKernel) -> Rule | Record
 def affine_rule(name: str, module: nn.Module, kernel: NormKernel) -> Rule | None:
     """Return the rule of an embedding, a linear map or an elementwise-affine norm, else None."""
     table = embedding_rule(module, name, kernel)
-    rule = table or linear_rule(module, kernel) or norm_rule(module, kernel)
-    if rule is None or type(module).forward in (nn.Linear.forward, nn.Embedding.forward):
-        return rule
-    return rule if differentiates_as(module, rule) else None
+    linear = None if table else linear_rule(module, kernel)
+    if linear is not None or type(module).forward is nn.Embedding.forward:
+        return linear or table
+    rule = table or norm_rule(module, kernel)
+    return rule if rule is not None and differentiates_as(module, rule) else None

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from veilspan.core.contributions import OuterProducts, RowSums
 from veilspan.core.protocols import NormKernel
 from veilspan.core.rules.base import Gradients
-from veilspan.core.rules.probe import agrees, own_parameters, probe_input, probed
+from veilspan.core.rules.probe import (
+    agrees,
+    differentiates_as,
+    own_parameters,
+    probe_input,
+    probed,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +59,10 @@ def linear_rule(module: nn.Module, kernel: NormKernel) -> LinearRule | None:
         return None
     form = probed(module)
     for transposed in (False, True):
-        if _is_linear(form, transposed=transposed):
-            return LinearRule(kernel=kernel, transposed=transposed)
+        rule = LinearRule(kernel=kernel, transposed=transposed)
+        # Gradients also tell one form from the other where a weight is zero or symmetric.
+        if _is_linear(form, transposed=transposed) and differentiates_as(module, rule):
+            return rule
     return None
 
 
