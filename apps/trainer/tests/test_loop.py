@@ -6,15 +6,16 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from veilspan.accounting import Ledger, LedgerError
-from veilspan.core import new_key, poisson_batches
+from veilspan.core import Draw, new_key, poisson_batches
 from veilspan.trainer import loop
 from veilspan.trainer.checkpoint import CheckpointError, read_progress
 from veilspan.trainer.errors import RecipeError, TrainerError
@@ -126,12 +127,18 @@ def test_a_release_that_cannot_be_recorded_does_not_happen(
     assert not (recipe.run.folder / "checkpoints").exists()
 
 
-def test_pitfall_02_an_empty_draw_is_a_step_with_noise(tmp_path: Path, recipe_in: Callable) -> None:
+def test_pitfall_02_an_empty_draw_is_a_step_with_noise(
+    tmp_path: Path, recipe_in: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = recipe_in(
         tmp_path, privacy__expected_batch_size=0.1, privacy__steps=3, run__checkpoint_every=1
     )
-    key_path(recipe).write_bytes(_key_of_empty_draws(24, 0.1 / 24, steps=3))
-    key_path(recipe).chmod(0o600)
+    key = _key_of_empty_draws(24, 0.1 / 24, steps=3)
+    monkeypatch.setattr(
+        loop,
+        "poisson_batches",
+        lambda *sizes, **rest: poisson_batches(*sizes, **rest | {"key": key}),
+    )
     folder = train(recipe)
     with _ledger(folder) as ledger:
         assert ledger.releases == 3
@@ -222,6 +229,29 @@ def test_the_key_is_in_no_file_of_the_run_folder(recipe: Recipe) -> None:
         content = path.read_bytes()
         assert key not in content, path
         assert key.hex().encode() not in content, path
+
+
+def test_no_two_releases_share_a_draw(
+    tmp_path: Path, recipe_in: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[bytes] = []
+
+    def noted(*sizes: Any, key: bytes, **rest: Any) -> Iterator[Draw]:
+        keys.append(key)
+        return poisson_batches(*sizes, key=key, **rest)
+
+    monkeypatch.setattr(loop, "poisson_batches", noted)
+    settings = {"privacy__key_file": str(tmp_path / "shared.key"), "run__checkpoint_every": 100}
+    one, two = (recipe_in(tmp_path, run__folder=str(tmp_path / n), **settings) for n in "ab")
+    with pytest.raises(StopError):
+        train(one, observer=StopAt("before_ledger", 0))
+    with pytest.raises(StopError):
+        train(one, observer=StopAt("after_optimizer", 0))  # nothing was released before
+    train(one)
+    train(two)
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+    assert key_path(one).read_bytes() not in keys
 
 
 def test_pitfall_50_the_learning_rate_depends_on_the_step_only() -> None:

@@ -37,7 +37,7 @@ from veilspan.trainer.recipe import Recipe
 from veilspan.trainer.releases import Observer, ReleaseGate, Unobserved
 from veilspan.trainer.report import write_report, write_statement
 from veilspan.trainer.run_folder import RunFolder, ledger_head, open_run, recipe_digest
-from veilspan.trainer.secrets import load_or_create_key
+from veilspan.trainer.secrets import key_of_start, load_or_create_key
 from veilspan.trainer.throughput import Throughput
 
 
@@ -116,12 +116,13 @@ def train(recipe: Recipe, *, observer: Observer | None = None) -> Path:
 
 @contextmanager
 def _opened(parts: Parts, processes: Processes) -> Iterator[tuple[RunFolder, bytes, Ledger | None]]:
-    """Open run folder, key and ledger on the first process; give the key to all, in memory."""
+    """Open run folder and ledger on the first process; give this start's key to all, in memory."""
     folder, key, ledger = RunFolder(parts.recipe.run.folder), b"", None
     with processes.together():
         if processes.is_first:
             key = load_or_create_key(key_path(parts.recipe))
             ledger = open_run(folder, parts.recipe, parts.plan, describe(parts, processes, key))
+            key = key_of_start(key, ledger_head(folder.ledger, ledger.releases))
     try:
         yield folder, processes.broadcast(key), ledger
     finally:

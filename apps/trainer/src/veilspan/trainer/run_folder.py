@@ -229,8 +229,8 @@ def _continue(folder: RunFolder, plan: PrivacyPlan, info: RunInfo) -> Ledger:
         )
     if known.key_fingerprint != info.key_fingerprint:
         raise RunFolderError(
-            f"{folder.root} belongs to a run with another sampling key: repeated steps would draw "
-            "other units. Restore the key file (privacy.key_file), or start in a new folder."
+            f"{folder.root} belongs to a run with another sampling key, so its ledger would name "
+            "the wrong one. Restore the key file (privacy.key_file), or start in a new folder."
         )
     if known.num_records != info.num_records:
         raise RunFolderError(

@@ -56,6 +56,25 @@ def key_fingerprint(key: bytes) -> str:
     return hashlib.sha256(b"veilspan sampling key\0" + key).hexdigest()[:16]
 
 
+def key_of_start(key: bytes, ledger_head: str) -> bytes:
+    """Return the key from which one start of a run draws its batches.
+
+    Args:
+        key: The sampling key, 32 bytes.
+        ledger_head: Hash of the last line that the ledger holds at this start.
+
+    Returns:
+        32 bytes.
+
+    Guarantee:
+        No two releases take their batches from the same draw: every release changes the head, and
+        no two ledgers have one in common. So a step that is repeated after a crash, and the same
+        step of another run with the same key file, draw independently. ε counts on that: two
+        releases of one draw cost more than two of independent draws.
+    """
+    return hashlib.sha256(b"veilspan batches of a start\0" + key + ledger_head.encode()).digest()
+
+
 def _create(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
