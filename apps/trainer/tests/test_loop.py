@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,27 @@ def test_throughput_does_not_tell_how_many_units_were_drawn(
     clock.end_release()
     assert clock.rate() == 800.0 / (8 * 2.0 + 4.0)
     assert clock.rate() is None
+
+
+def test_throughput_does_not_tell_how_long_units_are(
+    tmp_path: Path, recipe_in: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[tuple[int, bool]] = []
+    microbatch = Throughput.microbatch
+
+    def noted(clock: Throughput, tokens: int, *, full: bool) -> AbstractContextManager[None]:
+        timed.append((tokens, full))
+        return microbatch(clock, tokens, full=full)
+
+    monkeypatch.setattr(Throughput, "microbatch", noted)
+    train(recipe_in(tmp_path, data__sequence_length=100, compute__microbatch_size=1))
+    assert {tokens for tokens, full in timed if full} == {100}
+    assert {tokens for tokens, full in timed if not full} - {100}
+
+
+def test_memory_of_a_process_that_reads_private_rows_is_not_published(recipe: Recipe) -> None:
+    folder = train(recipe)
+    assert not any("memory_gib" in row for row in read_metrics(folder / "metrics.jsonl"))
 
 
 def test_several_processes_without_torchrun_are_refused(

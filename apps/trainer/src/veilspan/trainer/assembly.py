@@ -72,6 +72,11 @@ class Parts:
     losses: SequenceLosses
     microbatch: Microbatch = _ONE
 
+    @property
+    def full_shape(self) -> tuple[int, int]:
+        """Units and tokens of the largest micro-batch."""
+        return self.microbatch.size, self.recipe.data.sequence_length
+
 
 def assemble(recipe: Recipe, processes: Processes) -> Parts:
     """Open the data and build the model; nothing is written.

@@ -221,7 +221,7 @@ def _step(run: Run, draw: Draw) -> None:
     with run.step:
         for units, is_unit_B in _microbatches(run, draw):
             batch = collate(parts.records, units)
-            full = len(units) == parts.microbatch.size
+            full = batch.input_ids.shape == parts.full_shape
             timed = clock.microbatch(batch.input_ids.numel(), full=full)
             with timed, parts.losses.sharing():
                 run.step.backward(parts.losses.losses_B(parts.model, batch), is_unit_B)

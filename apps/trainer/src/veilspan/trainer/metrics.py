@@ -30,15 +30,15 @@ PUBLIC_METRICS: Mapping[str, PublicMetric] = {
         reason="The released model applied to records that the recipe declares public.",
     ),
     # Wall-clock time of a whole step grows with the number of drawn units, which is private. The
-    # published rate is put together from the time per token of a micro-batch and the time of a
-    # release, both independent of the draw, and the expected batch size, which is public.
+    # published rate is put together from the time per token of a micro-batch of full shape and the
+    # time of a release, both independent of the draw, and the expected batch size, which is public.
     "tokens_per_second": PublicMetric(
         unit="tokens/s",
         reason="Expected batch over expected duration; it does not use the size of a draw.",
     ),
     "memory_gib": PublicMetric(
         unit="GiB",
-        reason="Peak of one process, which holds one micro-batch however many units are drawn.",
+        reason="Peak of tensors on one GPU: one micro-batch of full shape, however many are drawn.",
     ),
 }
 
