@@ -276,6 +276,16 @@ def test_norms_and_biases_never_decay_and_frozen_parameters_are_left_out() -> No
     assert len(others) == 4
 
 
+def test_the_last_held_out_loss_is_that_of_the_model(tmp_path: Path, recipe_in: Callable) -> None:
+    recipe = recipe_in(tmp_path, run__checkpoint_every=3, run__heldout_every=1)
+    with pytest.raises(StopError):
+        train(recipe, observer=StopAt("after_optimizer", 7))
+    folder = train(recipe)
+    finished = read_progress(_newest(folder)).step
+    steps = [row["step"] for row in read_metrics(folder / "metrics.jsonl")]
+    assert steps == list(range(finished + 1))
+
+
 @pytest.mark.parametrize("drawn", [1, 7, 50])
 def test_throughput_does_not_tell_how_many_units_were_drawn(
     drawn: int, monkeypatch: pytest.MonkeyPatch
