@@ -160,6 +160,16 @@ def test_held_out_data_without_rows_is_named(tmp_path: Path):
         open_heldout(settings, TOKENIZER)
 
 
+def test_held_out_data_without_a_token_to_predict_is_named(tmp_path: Path):
+    for name in ("a.txt", "b1.txt", "b2.txt"):
+        (tmp_path / name).write_text("a" if name == "a.txt" else "", encoding="utf-8")
+    settings = recipe(
+        data={"train": str(tmp_path), "heldout_pattern": "b*", "heldout_is_public": True}
+    )
+    with pytest.raises(DataError, match=r"b\*'.* holds a token to predict"):
+        open_heldout(settings, TOKENIZER)
+
+
 def test_a_file_of_unknown_format_is_named(tmp_path: Path):
     file = tmp_path / "rows.csv"
     file.write_text("text\na\n", encoding="utf-8")

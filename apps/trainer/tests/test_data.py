@@ -19,6 +19,7 @@ from veilspan.trainer.data import Records, collate, open_heldout, open_records
 from veilspan.trainer.data.collate import IGNORE_INDEX
 from veilspan.trainer.errors import DataError
 from veilspan.trainer.recipe import Recipe, make_recipe
+from veilspan.trainer.sections import Run
 from veilspan.trainer.tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -178,6 +179,15 @@ def test_files_are_read_in_the_order_of_their_names(tmp_path: Path):
     records = open_with(tmp_path, pattern="**/*.py", exclude=["skip"])
     found = [text(records, unit).rstrip("|") for unit in range(len(records))]
     assert found == sorted(["B.py", "a.py", "b.py", "b/0.py", "b/1.py"])
+
+
+def test_what_the_run_writes_is_no_data(tmp_path: Path):
+    folder = write_texts(tmp_path, {"a.txt": "a", "run/README.md": "no", "run.key": "no"})
+    settings = recipe(folder, pattern="**/*", heldout_pattern="r*", heldout_is_public=True)
+    inside = settings.model_copy(update={"run": Run(folder=folder / "run")})
+    assert len(open_records(inside, TOKENIZER)) == 1
+    with pytest.raises(DataError, match="has no rows"):
+        open_heldout(inside, TOKENIZER)
 
 
 @pytest.mark.parametrize("exclude", ["skip", "skip/**/*", "skip/deep/*.txt", "**/x.txt"])

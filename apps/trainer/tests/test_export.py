@@ -75,6 +75,12 @@ def test_a_model_folder_mentions_none_of_our_names(tmp_path: Path, recipe_in: Ca
     assert "veilspan" not in json.dumps(config).lower()
 
 
+def test_an_exported_model_generates_with_a_cache(tmp_path: Path, recipe_in: Callable) -> None:
+    model = AutoModelForCausalLM.from_pretrained(train(recipe_in(tmp_path)) / "model")
+    assert model.config.use_cache
+    assert model.generation_config.use_cache is not False
+
+
 def test_the_newest_checkpoint_can_be_exported_later(tmp_path: Path, recipe_in: Callable) -> None:
     folder = train(recipe_in(tmp_path, privacy__steps=3))
     expected = load_file(folder / "model" / "model.safetensors")

@@ -232,6 +232,14 @@ def test_the_key_is_in_no_file_of_the_run_folder(recipe: Recipe) -> None:
         assert key.hex().encode() not in content, path
 
 
+def test_names_of_folders_are_shown_as_they_are(
+    tmp_path: Path, recipe_in: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "[lr]" / "run[" / "of]"
+    train(recipe_in(tmp_path, run__folder=str(folder)))
+    assert "/[lr]/run[/of]" in "".join(capsys.readouterr().out.split())
+
+
 def test_no_two_releases_share_a_draw(
     tmp_path: Path, recipe_in: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from veilspan.core.losses import causal_lm_losses
 from veilspan.trainer.data import collate, open_records
 from veilspan.trainer.errors import ModelError
 from veilspan.trainer.forecast import flops_per_sequence, memory_forecast
+from veilspan.trainer.model_config import model_config
 from veilspan.trainer.model_cost import ModelCost, count_cost
 from veilspan.trainer.models import build_model, count_parameters
 from veilspan.trainer.recipe import Recipe, make_recipe
@@ -143,6 +144,12 @@ def test_adapters_without_peft_say_what_to_install(monkeypatch: pytest.MonkeyPat
 def test_a_configuration_that_makes_no_model_is_refused(change: dict[str, Any], message: str):
     with pytest.raises(ModelError, match=message):
         build_model(recipe({"config": LLAMA | change}), TOKENIZER)
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "num_key_value_heads"])
+def test_a_model_without_a_layer_or_head_is_named(name: str):
+    with pytest.raises(ModelError, match=f"{name} is 0; it must be at least 1"):
+        model_config(recipe({"config": {**LLAMA, name: 0}}), TOKENIZER)
 
 
 def test_a_model_that_is_no_decoder_is_refused():

@@ -36,7 +36,13 @@ from veilspan.trainer.processes import Processes, join_processes
 from veilspan.trainer.recipe import Recipe
 from veilspan.trainer.releases import Observer, ReleaseGate, Unobserved
 from veilspan.trainer.report import write_report, write_statement
-from veilspan.trainer.run_folder import RunFolder, ledger_head, open_run, recipe_digest
+from veilspan.trainer.run_folder import (
+    RunFolder,
+    key_path,
+    ledger_head,
+    open_run,
+    recipe_digest,
+)
 from veilspan.trainer.secrets import key_of_start, load_or_create_key
 from veilspan.trainer.throughput import Throughput
 
@@ -128,12 +134,6 @@ def _opened(parts: Parts, processes: Processes) -> Iterator[tuple[RunFolder, byt
     finally:
         if ledger is not None:
             ledger.close()
-
-
-def key_path(recipe: Recipe) -> Path:
-    """Return where the secret sampling key lies: beside the run folder unless the recipe says."""
-    folder = recipe.run.folder
-    return recipe.privacy.key_file or folder.with_name(f"{folder.name}.key")
 
 
 def _resume(

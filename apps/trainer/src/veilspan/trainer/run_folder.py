@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from veilspan.accounting import Ledger, LedgerError, PrivacyPlan
-from veilspan.trainer.errors import TrainerError
+from veilspan.trainer.errors import RecipeError, TrainerError
 from veilspan.trainer.files import write_whole
 from veilspan.trainer.recipe import Recipe, load_recipe
 
@@ -153,6 +154,12 @@ class RunFolder:
         return Ledger.open(self.ledger, read_only=True)
 
 
+def key_path(recipe: Recipe) -> Path:
+    """Return where the secret sampling key lies: beside the run folder unless the recipe says."""
+    folder = Path(os.path.abspath(recipe.run.folder))  # "." has no name; links keep theirs
+    return recipe.privacy.key_file or folder.with_name(f"{folder.name}.key")
+
+
 def recipe_digest(recipe: Recipe) -> str:
     """Return a SHA-256 of everything in a recipe that decides what is learned.
 
@@ -241,10 +248,15 @@ def _continue(folder: RunFolder, plan: PrivacyPlan, info: RunInfo) -> Ledger:
 
 
 def _create(folder: RunFolder, recipe: Recipe, plan: PrivacyPlan, info: RunInfo) -> Ledger:
+    budget = recipe.privacy.target_epsilon or plan.epsilon().upper
+    if budget == 0:
+        raise RecipeError(
+            f"privacy.noise_multiplier is {plan.noise_multiplier:g}, with which ε is 0: nothing "
+            "would be learned. Set it lower."
+        )
     folder.root.mkdir(parents=True, exist_ok=True)
     _clear_interrupted_start(folder)
     write_whole(folder.recipe, recipe.to_toml())
-    budget = recipe.privacy.target_epsilon or plan.epsilon().upper
     ledger = Ledger.create(
         folder.ledger, plan, budget_epsilon=budget, run_id=_run_id(info), data=recipe.data.name
     )

@@ -27,7 +27,7 @@ def load_or_create_key(path: Path) -> bytes:
     Guarantee:
         Privacy amplification by sampling holds only while the key is unknown to whoever sees the
         model. The key is therefore never logged, never part of a checkpoint, and lies outside the
-        run folder unless the recipe says otherwise. Noise never depends on it.
+        run folder. Noise never depends on it.
     """
     try:
         if not path.exists():

@@ -180,7 +180,8 @@ class DatasetFolder:
 
     def text(self, row: int, limit: int) -> str:
         """Return the first `limit` characters of row `row`."""
-        return _cell(self._texts[row].column(0)[0])[:limit]
+        table: Any = self._texts[row]
+        return _cell(table.column(0)[0])[:limit]
 
     def users(self, column: str) -> list[str]:
         """Return the user of every row."""
