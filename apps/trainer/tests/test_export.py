@@ -48,8 +48,9 @@ def _trained_by_hand(recipe: Recipe) -> torch.nn.Module:
         {},
         {"model__config": {**LLAMA, "tie_word_embeddings": True}},
         {"model__lora": {"rank": 2}},
+        {"model__lora": {"rank": 2, "target_modules": ["lm_head", "embed_tokens", "q_proj"]}},
     ],
-    ids=["plain", "tied", "adapters"],
+    ids=["plain", "tied", "adapters", "adapters of both ends"],
 )
 def test_the_exported_model_computes_what_the_trained_one_does(
     tmp_path: Path, recipe_in: Callable, settings: dict

@@ -125,6 +125,16 @@ def test_adapters_that_fit_no_module_are_refused_with_those_that_exist():
         build_model(recipe(settings), TOKENIZER)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+@pytest.mark.parametrize("end", ["embed_tokens", "lm_head"])
+def test_an_adapter_of_a_weight_that_two_modules_share_is_refused(end: str):
+    lora = {"target_modules": ["q_proj", end]}
+    with pytest.raises(ModelError, match=f"target_modules is .*'{end}'.* share their weight"):
+        build_model(
+            recipe({"config": {**LLAMA, "tie_word_embeddings": True}, "lora": lora}), TOKENIZER
+        )
+
+
 def test_adapters_without_peft_say_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(ModelError, match=r"veilspan-trainer\[lora\]"):

@@ -100,7 +100,7 @@ def assemble(recipe: Recipe, processes: Processes) -> Parts:
         records=records,
         heldout=heldout,
         model=model,
-        vocabulary=int(model.get_input_embeddings().num_embeddings),  # pyright: ignore
+        vocabulary=model.config.get_text_config().vocab_size,  # pyright: ignore
         losses=losses,
     )
 
