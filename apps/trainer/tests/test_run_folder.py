@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from veilspan.accounting import LedgerError, PrivacyPlan
+from veilspan.accounting import Ledger, LedgerError, PrivacyPlan
 from veilspan.trainer.errors import RecipeError, TrainerError
 from veilspan.trainer.files import remove_folder, replace_folder, write_whole
 from veilspan.trainer.recipe import Recipe
@@ -154,6 +154,17 @@ def test_a_ledger_with_releases_is_never_overwritten(recipe: Recipe) -> None:
     folder.info.unlink()
     with pytest.raises(LedgerError, match="counts 1 releases"):
         _open(recipe)
+
+
+def test_a_ledger_that_another_start_has_just_made_is_left_to_it(recipe: Recipe) -> None:
+    recipe.run.folder.mkdir()
+    folder = RunFolder(recipe.run.folder)
+    with Ledger.create(folder.ledger, PLAN) as ledger:
+        with pytest.raises(LedgerError, match="in use by another run"):
+            _open(recipe)
+        ledger.append(step=0)
+    with folder.read_ledger() as counted:
+        assert counted.releases == 1
 
 
 @pytest.mark.parametrize("content", ["{", json.dumps({"format": 99}), json.dumps({"format": 1})])

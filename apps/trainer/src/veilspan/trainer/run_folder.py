@@ -285,7 +285,7 @@ def _clear_interrupted_start(folder: RunFolder) -> None:
 def _require_unused(path: Path) -> None:
     if b"\n" not in path.read_bytes():
         return  # not even the first line is complete
-    with Ledger.open(path, read_only=True) as ledger:
+    with Ledger.open(path) as ledger:  # refused while another start has just made it
         if ledger.releases:
             raise LedgerError(
                 f"{path} counts {ledger.releases} releases, but the run folder lost its run.json. "
