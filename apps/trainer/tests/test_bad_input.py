@@ -205,6 +205,7 @@ def test_a_file_without_rows_is_named(tmp_path: Path, name: str):
     ("line", "message"),
     [
         ('{"text": "a"', "line 2: no valid JSON"),
+        ('{"text": ' + "[" * 100_000, "line 2: no valid JSON"),
         ('["a"]', "line 2: each line must be an object"),
         ('{"body": "a"}', "line 2: no column 'text'; its columns are body"),
         ('{"text": 3}', "line 2: column 'text' must hold text"),
@@ -252,6 +253,16 @@ def test_a_broken_parquet_file_is_named(tmp_path: Path):
     file.write_bytes(b"PAR1 not really")
     with pytest.raises(DataError, match=r"rows\.parquet is no Parquet file"):
         open_data(file)
+
+
+def test_a_parquet_file_with_a_broken_page_is_named(tmp_path: Path):
+    file = tmp_path / "rows.parquet"
+    parquet.write_table(arrow.table({"text": ["alpha", "beta"]}), file)
+    content = file.read_bytes()
+    file.write_bytes(content[:4] + b"\xff" * 30 + content[34:])
+    records: Any = open_data(file)
+    with pytest.raises(DataError, match=r"rows\.parquet cannot be read"):
+        records[0]
 
 
 def test_a_folder_of_splits_asks_for_one(tmp_path: Path):

@@ -139,7 +139,11 @@ class ParquetFiles:
     def text(self, row: int, limit: int) -> str:
         """Return the first `limit` characters of row `row`, counted over all files."""
         group, inner = _locate(self._ends, row)
-        return _cell(self._read(*self._groups[group])[inner])[:limit]
+        number, part = self._groups[group]
+        try:
+            return _cell(self._read(number, part)[inner])[:limit]
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self._files[number]} cannot be read: {error}.") from error
 
     def users(self, column: str) -> list[str]:
         """Return the user of every row."""
@@ -198,7 +202,7 @@ def _locate(ends: Sequence[int], row: int) -> tuple[int, int]:
 def _field(line: bytes, column: str, where: str, *, text: bool) -> Any:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: no valid JSON ({error}); write one object per line.") from error
     if not isinstance(fields, dict):
         raise DataError(f'{where}: each line must be an object such as {{"{column}": …}}.')
