@@ -286,6 +286,19 @@ def test_a_file_that_vanishes_is_named(tmp_path: Path):
         records[0]
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read: No such file"), (b'{"text": 1234}\n', "byte 0: column 'text' must")],
+)
+def test_lines_that_vanish_or_change_are_named(tmp_path: Path, content: bytes | None, message: str):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "ab"}\n', encoding="utf-8")
+    records = open_records(recipe(data={"train": str(file)}), TOKENIZER)
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(DataError, match=rf"rows\.jsonl,? {message}"):
+        records[0]
+
+
 def test_a_vocabulary_that_does_not_fit_is_named():
     settings = recipe(model={"config": {"model_type": "llama", "vocab_size": 100}})
     with pytest.raises(ModelError, match=r"token ids up to 258.*vocab_size is 100"):

@@ -79,10 +79,16 @@ class JsonLines:
     def text(self, row: int, limit: int) -> str:
         """Return the first `limit` characters of row `row`, counted over all files."""
         number, inner = _locate(self._ends, row)
-        with self._files[number].open("rb") as file:
-            file.seek(self._offsets[number][inner])
-            line = json.loads(file.readline())
-        text = (line[self._column] or "")[:limit]
+        path, start = self._files[number], self._offsets[number][inner]
+        try:
+            with path.open("rb") as file:
+                file.seek(start)
+                line = file.readline()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+        # A file that has changed since it was opened is refused like one that was wrong before.
+        value = _field(line, self._column, f"{path}, byte {start}", text=True)
+        text = (value or "")[:limit]
         # JSON may spell halves of a pair of surrogates, which are no characters.
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
