@@ -160,6 +160,16 @@ def test_held_out_data_without_rows_is_named(tmp_path: Path):
         open_heldout(settings, TOKENIZER)
 
 
+def test_held_out_data_without_a_token_to_predict_is_named(tmp_path: Path):
+    for name in ("a.txt", "b1.txt", "b2.txt"):
+        (tmp_path / name).write_text("a" if name == "a.txt" else "", encoding="utf-8")
+    settings = recipe(
+        data={"train": str(tmp_path), "heldout_pattern": "b*", "heldout_is_public": True}
+    )
+    with pytest.raises(DataError, match=r"b\*'.* holds a token to predict"):
+        open_heldout(settings, TOKENIZER)
+
+
 def test_a_file_of_unknown_format_is_named(tmp_path: Path):
     file = tmp_path / "rows.csv"
     file.write_text("text\na\n", encoding="utf-8")
@@ -195,6 +205,7 @@ def test_a_file_without_rows_is_named(tmp_path: Path, name: str):
     ("line", "message"),
     [
         ('{"text": "a"', "line 2: no valid JSON"),
+        ('{"text": ' + "[" * 100_000, "line 2: no valid JSON"),
         ('["a"]', "line 2: each line must be an object"),
         ('{"body": "a"}', "line 2: no column 'text'; its columns are body"),
         ('{"text": 3}', "line 2: column 'text' must hold text"),
@@ -244,6 +255,16 @@ def test_a_broken_parquet_file_is_named(tmp_path: Path):
         open_data(file)
 
 
+def test_a_parquet_file_with_a_broken_page_is_named(tmp_path: Path):
+    file = tmp_path / "rows.parquet"
+    parquet.write_table(arrow.table({"text": ["alpha", "beta"]}), file)
+    content = file.read_bytes()
+    file.write_bytes(content[:4] + b"\xff" * 30 + content[34:])
+    records: Any = open_data(file)
+    with pytest.raises(DataError, match=r"rows\.parquet cannot be read"):
+        records[0]
+
+
 def test_a_folder_of_splits_asks_for_one(tmp_path: Path):
     rows = Dataset.from_list([{"text": "a"}])
     DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path / "both"))
@@ -262,6 +283,19 @@ def test_a_file_that_vanishes_is_named(tmp_path: Path):
     records = open_records(recipe(data={"train": str(tmp_path)}), TOKENIZER)
     (tmp_path / "a.txt").unlink()
     with pytest.raises(DataError, match=r"a\.txt cannot be read: No such file"):
+        records[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read: No such file"), (b'{"text": 1234}\n', "byte 0: column 'text' must")],
+)
+def test_lines_that_vanish_or_change_are_named(tmp_path: Path, content: bytes | None, message: str):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "ab"}\n', encoding="utf-8")
+    records = open_records(recipe(data={"train": str(file)}), TOKENIZER)
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(DataError, match=rf"rows\.jsonl,? {message}"):
         records[0]
 
 

@@ -19,6 +19,7 @@ from veilspan.trainer.data import Records, collate, open_heldout, open_records
 from veilspan.trainer.data.collate import IGNORE_INDEX
 from veilspan.trainer.errors import DataError
 from veilspan.trainer.recipe import Recipe, make_recipe
+from veilspan.trainer.sections import Run
 from veilspan.trainer.tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -135,8 +136,23 @@ def test_numbers_may_name_users(tmp_path: Path):
     assert [text(records, unit) for unit in range(len(records))] == ["b|", "a|c|"]
 
 
-@pytest.mark.parametrize("missing", [None, ""])
-def test_a_row_without_a_user_is_refused(tmp_path: Path, missing: str | None):
+def test_pitfall_39_a_number_names_the_same_user_whatever_its_type(tmp_path: Path):
+    for name, users in {"a": arrow.array([1, 2]), "b": arrow.array([2.0, 1.0])}.items():
+        table = arrow.table({"text": [f"{name}1", f"{name}2"], "who": users})
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+    records = open_with(tmp_path, format="parquet", unit="user", user_column="who")
+    assert [text(records, unit) for unit in range(len(records))] == ["a1|b2|", "a2|b1|"]
+
+
+@pytest.mark.parametrize("user", [{"id": 7}, [7]])
+def test_pitfall_39_a_user_with_several_spellings_is_refused(tmp_path: Path, user: object):
+    path = write_rows(tmp_path, "jsonl", [*ROWS, {"text": "x", "who": user}])
+    with pytest.raises(DataError, match="'who' must hold texts or numbers"):
+        open_with(path, unit="user", user_column="who")
+
+
+@pytest.mark.parametrize("missing", [None, "", " ", float("nan")])
+def test_a_row_without_a_user_is_refused(tmp_path: Path, missing: str | float | None):
     path = write_rows(tmp_path, "jsonl", [*ROWS, {"text": "x", "who": missing}])
     with pytest.raises(DataError, match="'who' names no user"):
         open_with(path, unit="user", user_column="who")
@@ -165,6 +181,15 @@ def test_files_are_read_in_the_order_of_their_names(tmp_path: Path):
     assert found == sorted(["B.py", "a.py", "b.py", "b/0.py", "b/1.py"])
 
 
+def test_what_the_run_writes_is_no_data(tmp_path: Path):
+    folder = write_texts(tmp_path, {"a.txt": "a", "run/README.md": "no", "run.key": "no"})
+    settings = recipe(folder, pattern="**/*", heldout_pattern="r*", heldout_is_public=True)
+    inside = settings.model_copy(update={"run": Run(folder=folder / "run")})
+    assert len(open_records(inside, TOKENIZER)) == 1
+    with pytest.raises(DataError, match="has no rows"):
+        open_heldout(inside, TOKENIZER)
+
+
 @pytest.mark.parametrize("exclude", ["skip", "skip/**/*", "skip/deep/*.txt", "**/x.txt"])
 def test_excluded_files_and_folders_are_left_out(tmp_path: Path, exclude: str):
     write_texts(tmp_path, {"keep.txt": "keep", "skip/deep/x.txt": "skip"})
@@ -178,6 +203,18 @@ def test_bytes_that_are_no_text_do_not_stop_a_run(tmp_path: Path):
     records = open_with(tmp_path)
     assert text(records, 0) == "ab\ufffd\ufffdcd|"
     assert text(records, 1) == "é\r\n|"
+
+
+def test_a_row_whose_text_is_no_unicode_does_not_stop_a_run(tmp_path: Path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a\\ud83d\\ude00\\ud800b"}\n')
+    cell = arrow.array([b"a\xff", None], type=arrow.binary())
+    broken = arrow.table({"text": arrow.Array.from_buffers(arrow.string(), 2, cell.buffers())})
+    parquet.write_table(broken, tmp_path / "rows.parquet")
+    Dataset(broken).save_to_disk(str(tmp_path / "rows"))
+    assert text(open_with(tmp_path / "rows.jsonl"), 0) == "a\U0001f600\ufffdb|"
+    for name in ("rows.parquet", "rows"):
+        records = open_with(tmp_path / name)
+        assert [text(records, unit) for unit in range(2)] == ["a\ufffd|", ""]
 
 
 def test_text_that_spells_a_special_token_stays_text(tmp_path: Path):

@@ -112,7 +112,8 @@ def test_the_heldout_loss_falls_and_only_public_quantities_are_logged(finished: 
     rows = read_metrics(finished / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 4, 8]
     assert rows[-1]["heldout_loss"] < rows[0]["heldout_loss"]
-    assert {name for row in rows for name in row} == set(PUBLIC_METRICS)
+    # Of memory only a GPU's is public.
+    assert {name for row in rows for name in row} == set(PUBLIC_METRICS) - {"memory_gib"}
 
 
 @pytest.mark.distributed

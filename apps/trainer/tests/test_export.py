@@ -48,8 +48,9 @@ def _trained_by_hand(recipe: Recipe) -> torch.nn.Module:
         {},
         {"model__config": {**LLAMA, "tie_word_embeddings": True}},
         {"model__lora": {"rank": 2}},
+        {"model__lora": {"rank": 2, "target_modules": ["lm_head", "embed_tokens", "q_proj"]}},
     ],
-    ids=["plain", "tied", "adapters"],
+    ids=["plain", "tied", "adapters", "adapters of both ends"],
 )
 def test_the_exported_model_computes_what_the_trained_one_does(
     tmp_path: Path, recipe_in: Callable, settings: dict
@@ -73,6 +74,12 @@ def test_a_model_folder_mentions_none_of_our_names(tmp_path: Path, recipe_in: Ca
     config = json.loads((path / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert "veilspan" not in json.dumps(config).lower()
+
+
+def test_an_exported_model_generates_with_a_cache(tmp_path: Path, recipe_in: Callable) -> None:
+    model = AutoModelForCausalLM.from_pretrained(train(recipe_in(tmp_path)) / "model")
+    assert model.config.use_cache
+    assert model.generation_config.use_cache is not False
 
 
 def test_the_newest_checkpoint_can_be_exported_later(tmp_path: Path, recipe_in: Callable) -> None:

@@ -6,15 +6,17 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from veilspan.accounting import Ledger, LedgerError
-from veilspan.core import new_key, poisson_batches
+from veilspan.core import Draw, new_key, poisson_batches
 from veilspan.trainer import loop
 from veilspan.trainer.checkpoint import CheckpointError, read_progress
 from veilspan.trainer.errors import RecipeError, TrainerError
@@ -126,12 +128,18 @@ def test_a_release_that_cannot_be_recorded_does_not_happen(
     assert not (recipe.run.folder / "checkpoints").exists()
 
 
-def test_pitfall_02_an_empty_draw_is_a_step_with_noise(tmp_path: Path, recipe_in: Callable) -> None:
+def test_pitfall_02_an_empty_draw_is_a_step_with_noise(
+    tmp_path: Path, recipe_in: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = recipe_in(
         tmp_path, privacy__expected_batch_size=0.1, privacy__steps=3, run__checkpoint_every=1
     )
-    key_path(recipe).write_bytes(_key_of_empty_draws(24, 0.1 / 24, steps=3))
-    key_path(recipe).chmod(0o600)
+    key = _key_of_empty_draws(24, 0.1 / 24, steps=3)
+    monkeypatch.setattr(
+        loop,
+        "poisson_batches",
+        lambda *sizes, **rest: poisson_batches(*sizes, **rest | {"key": key}),
+    )
     folder = train(recipe)
     with _ledger(folder) as ledger:
         assert ledger.releases == 3
@@ -224,6 +232,37 @@ def test_the_key_is_in_no_file_of_the_run_folder(recipe: Recipe) -> None:
         assert key.hex().encode() not in content, path
 
 
+def test_names_of_folders_are_shown_as_they_are(
+    tmp_path: Path, recipe_in: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "[lr]" / "run[" / "of]"
+    train(recipe_in(tmp_path, run__folder=str(folder)))
+    assert "/[lr]/run[/of]" in "".join(capsys.readouterr().out.split())
+
+
+def test_no_two_releases_share_a_draw(
+    tmp_path: Path, recipe_in: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[bytes] = []
+
+    def noted(*sizes: Any, key: bytes, **rest: Any) -> Iterator[Draw]:
+        keys.append(key)
+        return poisson_batches(*sizes, key=key, **rest)
+
+    monkeypatch.setattr(loop, "poisson_batches", noted)
+    settings = {"privacy__key_file": str(tmp_path / "shared.key"), "run__checkpoint_every": 100}
+    one, two = (recipe_in(tmp_path, run__folder=str(tmp_path / n), **settings) for n in "ab")
+    with pytest.raises(StopError):
+        train(one, observer=StopAt("before_ledger", 0))
+    with pytest.raises(StopError):
+        train(one, observer=StopAt("after_optimizer", 0))  # nothing was released before
+    train(one)
+    train(two)
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+    assert key_path(one).read_bytes() not in keys
+
+
 def test_pitfall_50_the_learning_rate_depends_on_the_step_only() -> None:
     settings = Optimizer(learning_rate=2.0, warmup_steps=4, min_lr_ratio=0.25)
     rates = [learning_rate(settings, step, 20) for step in range(20)]
@@ -245,6 +284,16 @@ def test_norms_and_biases_never_decay_and_frozen_parameters_are_left_out() -> No
     assert len(others) == 4
 
 
+def test_the_last_held_out_loss_is_that_of_the_model(tmp_path: Path, recipe_in: Callable) -> None:
+    recipe = recipe_in(tmp_path, run__checkpoint_every=3, run__heldout_every=1)
+    with pytest.raises(StopError):
+        train(recipe, observer=StopAt("after_optimizer", 7))
+    folder = train(recipe)
+    finished = read_progress(_newest(folder)).step
+    steps = [row["step"] for row in read_metrics(folder / "metrics.jsonl")]
+    assert steps == list(range(finished + 1))
+
+
 @pytest.mark.parametrize("drawn", [1, 7, 50])
 def test_throughput_does_not_tell_how_many_units_were_drawn(
     drawn: int, monkeypatch: pytest.MonkeyPatch
@@ -262,6 +311,27 @@ def test_throughput_does_not_tell_how_many_units_were_drawn(
     clock.end_release()
     assert clock.rate() == 800.0 / (8 * 2.0 + 4.0)
     assert clock.rate() is None
+
+
+def test_throughput_does_not_tell_how_long_units_are(
+    tmp_path: Path, recipe_in: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[tuple[int, bool]] = []
+    microbatch = Throughput.microbatch
+
+    def noted(clock: Throughput, tokens: int, *, full: bool) -> AbstractContextManager[None]:
+        timed.append((tokens, full))
+        return microbatch(clock, tokens, full=full)
+
+    monkeypatch.setattr(Throughput, "microbatch", noted)
+    train(recipe_in(tmp_path, data__sequence_length=100, compute__microbatch_size=1))
+    assert {tokens for tokens, full in timed if full} == {100}
+    assert {tokens for tokens, full in timed if not full} - {100}
+
+
+def test_memory_of_a_process_that_reads_private_rows_is_not_published(recipe: Recipe) -> None:
+    folder = train(recipe)
+    assert not any("memory_gib" in row for row in read_metrics(folder / "metrics.jsonl"))
 
 
 def test_several_processes_without_torchrun_are_refused(

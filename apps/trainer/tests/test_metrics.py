@@ -57,9 +57,17 @@ def test_a_line_torn_by_a_crash_costs_only_itself(tmp_path: Path) -> None:
     assert [row["epsilon"] for row in read_metrics(path)] == [0.5, 0.75]
 
 
-def test_a_step_that_was_repeated_after_a_crash_appears_once(tmp_path: Path) -> None:
+def test_steps_that_a_crash_lost_appear_only_as_they_were_repeated(tmp_path: Path) -> None:
     with _log(tmp_path) as log:
-        for step, epsilon in ((1, 0.1), (2, 0.2), (1, 0.3)):
+        for step, epsilon in ((0, 0.0), (1, 0.1), (2, 0.2), (3, 0.3)):
             log.write(step, {"epsilon": epsilon})
+    with MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", first_step=1) as log:
+        log.write(1, {"epsilon": 0.4})
+        log.write(2, {"epsilon": 0.5})  # the last one: step 3 did not come back
+    expected = [(0, 0.0), (1, 0.4), (2, 0.5)]
     rows = read_metrics(tmp_path / "metrics.jsonl")
-    assert rows == [{"step": 1, "epsilon": 0.3}, {"step": 2, "epsilon": 0.2}]
+    assert [(row["step"], row["epsilon"]) for row in rows] == expected
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("epsilon")]
+    assert shown == [(step, pytest.approx(value)) for step, value in expected]

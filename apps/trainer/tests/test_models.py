@@ -15,6 +15,7 @@ from veilspan.core.losses import causal_lm_losses
 from veilspan.trainer.data import collate, open_records
 from veilspan.trainer.errors import ModelError
 from veilspan.trainer.forecast import flops_per_sequence, memory_forecast
+from veilspan.trainer.model_config import model_config
 from veilspan.trainer.model_cost import ModelCost, count_cost
 from veilspan.trainer.models import build_model, count_parameters
 from veilspan.trainer.recipe import Recipe, make_recipe
@@ -124,6 +125,16 @@ def test_adapters_that_fit_no_module_are_refused_with_those_that_exist():
         build_model(recipe(settings), TOKENIZER)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+@pytest.mark.parametrize("end", ["embed_tokens", "lm_head"])
+def test_an_adapter_of_a_weight_that_two_modules_share_is_refused(end: str):
+    lora = {"target_modules": ["q_proj", end]}
+    with pytest.raises(ModelError, match=f"target_modules is .*'{end}'.* share their weight"):
+        build_model(
+            recipe({"config": {**LLAMA, "tie_word_embeddings": True}, "lora": lora}), TOKENIZER
+        )
+
+
 def test_adapters_without_peft_say_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(ModelError, match=r"veilspan-trainer\[lora\]"):
@@ -143,6 +154,12 @@ def test_adapters_without_peft_say_what_to_install(monkeypatch: pytest.MonkeyPat
 def test_a_configuration_that_makes_no_model_is_refused(change: dict[str, Any], message: str):
     with pytest.raises(ModelError, match=message):
         build_model(recipe({"config": LLAMA | change}), TOKENIZER)
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "num_key_value_heads"])
+def test_a_model_without_a_layer_or_head_is_named(name: str):
+    with pytest.raises(ModelError, match=f"{name} is 0; it must be at least 1"):
+        model_config(recipe({"config": {**LLAMA, name: 0}}), TOKENIZER)
 
 
 def test_a_model_that_is_no_decoder_is_refused():

@@ -145,6 +145,16 @@ def test_an_empty_override_removes_a_key(tmp_path: Path):
     assert recipe.privacy.target_epsilon == 8.0
 
 
+def test_an_empty_override_makes_no_section(tmp_path: Path):
+    assert load_recipe(write(tmp_path / "r.toml", SMALL), ["model.lora.rank="]).model.lora is None
+
+
+def test_a_key_inside_of_the_run_folder_is_refused(tmp_path: Path):
+    overrides = ["run.folder=runs/a", "privacy.key_file=runs/a/deep/my.key"]
+    with pytest.raises(RecipeError, match=r"privacy.key_file.*inside of run.folder"):
+        load_recipe(write(tmp_path / "r.toml", SMALL), overrides)
+
+
 def test_an_override_never_injects_further_keys(tmp_path: Path):
     file = write(tmp_path / "r.toml", SMALL)
     with pytest.raises(RecipeError, match=r"run\.seed"):

@@ -197,6 +197,9 @@ def test_plots_exist_for_the_numbers_that_do(tmp_path: Path) -> None:
     assert list(every) == ["Privacy spent", "Held-out loss", "Throughput and memory"]
     for path in every.values():
         assert path.read_bytes().startswith(b"\x89PNG")
+    del rows[0]["memory_gib"], rows[1]["memory_gib"], rows[2]["memory_gib"]
+    some = draw_plots(tmp_path / "b", rows, epsilon=curve, budget=8.0, spent=(3, 5.0))
+    assert list(some) == ["Privacy spent", "Held-out loss", "Throughput"]
     few = draw_plots(tmp_path / "b", [], epsilon=curve, budget=8.0, spent=(0, 0.0))
     assert list(few) == ["Privacy spent"]
 

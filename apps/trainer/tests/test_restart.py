@@ -1,4 +1,4 @@
-"""Crashes: the model survives, the ledger is never short, batches come back, noise does not."""
+"""Crashes: the model survives, the ledger is never short, neither batches nor noise come back."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from veilspan.core.sampling import poisson_draw
 from veilspan.trainer.checkpoint import read_progress
 from veilspan.trainer.loop import key_path, train
 from veilspan.trainer.recipe import load_recipe
+from veilspan.trainer.run_folder import ledger_head
+from veilspan.trainer.secrets import key_of_start
 
 STEPS = 8
 CRASHES: Mapping[str, list[str]] = {
@@ -37,6 +39,14 @@ class Survivor:
 
     def steps_of(self, moment: str) -> list[int]:
         return [entry["step"] for entry in self.log if entry["moment"] == moment]
+
+    def draws_of_starts(self) -> list[dict[int, list[int]]]:
+        starts: list[dict[int, list[int]]] = []
+        for entry in (entry for entry in self.log if entry["moment"] == "draw"):
+            if not starts or entry["step"] <= max(starts[-1]):
+                starts.append({})
+            starts[-1][entry["step"]] = entry["records"]
+        return starts
 
     def ledger(self) -> Ledger:
         return Ledger.open(self.folder / "ledger.jsonl", read_only=True)
@@ -114,19 +124,22 @@ def test_lost_work_is_paid_for_and_the_budget_still_holds(survivor: Survivor) ->
 
 
 @pytest.mark.distributed
-def test_pitfall_43_repeated_steps_draw_the_same_units_and_the_ledger_counts_them_again(
+def test_pitfall_43_every_start_draws_by_a_key_of_its_own_that_its_ledger_decides(
     survivor: Survivor,
 ) -> None:
-    draws: dict[int, set[tuple[int, ...]]] = {}
-    for entry in survivor.log:
-        if entry["moment"] == "draw":
-            draws.setdefault(entry["step"], set()).add(tuple(entry["records"]))
-    assert all(len(members) == 1 for members in draws.values())
-    recipe = load_recipe(survivor.folder / "recipe.toml")
-    key = key_path(recipe).read_bytes()
-    for step, members in draws.items():
-        expected = poisson_draw(24, 4 / 24, step, key).records.tolist()
-        assert members == {tuple(expected)}
+    key = key_path(load_recipe(survivor.folder / "recipe.toml")).read_bytes()
+    ledger = survivor.folder / "ledger.jsonl"
+    keys = [key_of_start(key, ledger_head(ledger, count)) for count in range(STEPS + 1)]
+
+    def made(count: int, draws: dict[int, list[int]]) -> bool:
+        made_again = {s: poisson_draw(24, 4 / 24, s, keys[count]).records.tolist() for s in draws}
+        return made_again == draws
+
+    count = -1  # releases before the start: every start comes after more of them
+    for number, draws in enumerate(survivor.draws_of_starts()):
+        count = next(more for more in range(count + 1, STEPS + 1) if made(more, draws))
+        assert number > 0 or count == 0
+    assert count > 0
 
 
 @pytest.mark.distributed

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from veilspan.accounting import LedgerError, PrivacyPlan
-from veilspan.trainer.errors import TrainerError
+from veilspan.accounting import Ledger, LedgerError, PrivacyPlan
+from veilspan.trainer.errors import RecipeError, TrainerError
 from veilspan.trainer.files import remove_folder, replace_folder, write_whole
 from veilspan.trainer.recipe import Recipe
 from veilspan.trainer.run_folder import (
     RunFolder,
     RunFolderError,
     RunInfo,
+    key_path,
     ledger_head,
     open_run,
     recipe_digest,
@@ -155,6 +156,17 @@ def test_a_ledger_with_releases_is_never_overwritten(recipe: Recipe) -> None:
         _open(recipe)
 
 
+def test_a_ledger_that_another_start_has_just_made_is_left_to_it(recipe: Recipe) -> None:
+    recipe.run.folder.mkdir()
+    folder = RunFolder(recipe.run.folder)
+    with Ledger.create(folder.ledger, PLAN) as ledger:
+        with pytest.raises(LedgerError, match="in use by another run"):
+            _open(recipe)
+        ledger.append(step=0)
+    with folder.read_ledger() as counted:
+        assert counted.releases == 1
+
+
 @pytest.mark.parametrize("content", ["{", json.dumps({"format": 99}), json.dumps({"format": 1})])
 def test_damaged_facts_are_reported(recipe: Recipe, content: str) -> None:
     folder = _open(recipe)
@@ -190,6 +202,23 @@ def test_the_head_of_a_ledger_fixes_every_line_up_to_it(recipe: Recipe) -> None:
     assert len(set(heads)) == 4
     with pytest.raises(LedgerError, match="fewer than 4"):
         ledger_head(folder.ledger, 4)
+
+
+def test_the_key_lies_beside_the_folder_however_it_is_named(
+    tmp_path: Path, recipe_in: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    for name in (".", "../out", "../out/"):
+        assert key_path(recipe_in(tmp_path, run__folder=name)) == tmp_path / "out.key"
+
+
+def test_noise_that_lets_nothing_be_learned_is_refused(tmp_path: Path, recipe_in: Callable) -> None:
+    recipe = recipe_in(tmp_path, privacy__target_epsilon=None, privacy__noise_multiplier=1e9)
+    plan = replace(PLAN, noise_multiplier=1e9)
+    with pytest.raises(RecipeError, match=r"noise_multiplier is 1e\+09, with which ε is 0"):
+        open_run(RunFolder(recipe.run.folder), recipe, plan, _info(recipe))
+    assert not recipe.run.folder.exists()
 
 
 def test_a_new_key_is_random_and_readable_by_its_owner_only(tmp_path: Path) -> None:

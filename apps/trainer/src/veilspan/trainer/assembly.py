@@ -72,6 +72,11 @@ class Parts:
     losses: SequenceLosses
     microbatch: Microbatch = _ONE
 
+    @property
+    def full_shape(self) -> tuple[int, int]:
+        """Units and tokens of the largest micro-batch."""
+        return self.microbatch.size, self.recipe.data.sequence_length
+
 
 def assemble(recipe: Recipe, processes: Processes) -> Parts:
     """Open the data and build the model; nothing is written.
@@ -95,7 +100,7 @@ def assemble(recipe: Recipe, processes: Processes) -> Parts:
         records=records,
         heldout=heldout,
         model=model,
-        vocabulary=int(model.get_input_embeddings().num_embeddings),  # pyright: ignore
+        vocabulary=model.config.get_text_config().vocab_size,  # pyright: ignore
         losses=losses,
     )
 

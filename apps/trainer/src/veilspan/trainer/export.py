@@ -99,6 +99,8 @@ def _rebuild(
         tensor.copy_(weights[name])
     if recipe.model.lora is not None:
         model = model.merge_and_unload()  # pyright: ignore[reportCallIssue]
+    model.config.use_cache = True  # pyright: ignore  # training has none, generation wants one
+    model.generation_config.use_cache = True  # pyright: ignore
     return model.eval()
 
 

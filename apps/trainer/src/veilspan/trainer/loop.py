@@ -36,8 +36,14 @@ from veilspan.trainer.processes import Processes, join_processes
 from veilspan.trainer.recipe import Recipe
 from veilspan.trainer.releases import Observer, ReleaseGate, Unobserved
 from veilspan.trainer.report import write_report, write_statement
-from veilspan.trainer.run_folder import RunFolder, ledger_head, open_run, recipe_digest
-from veilspan.trainer.secrets import load_or_create_key
+from veilspan.trainer.run_folder import (
+    RunFolder,
+    key_path,
+    ledger_head,
+    open_run,
+    recipe_digest,
+)
+from veilspan.trainer.secrets import key_of_start, load_or_create_key
 from veilspan.trainer.throughput import Throughput
 
 
@@ -116,23 +122,18 @@ def train(recipe: Recipe, *, observer: Observer | None = None) -> Path:
 
 @contextmanager
 def _opened(parts: Parts, processes: Processes) -> Iterator[tuple[RunFolder, bytes, Ledger | None]]:
-    """Open run folder, key and ledger on the first process; give the key to all, in memory."""
+    """Open run folder and ledger on the first process; give this start's key to all, in memory."""
     folder, key, ledger = RunFolder(parts.recipe.run.folder), b"", None
     with processes.together():
         if processes.is_first:
             key = load_or_create_key(key_path(parts.recipe))
             ledger = open_run(folder, parts.recipe, parts.plan, describe(parts, processes, key))
+            key = key_of_start(key, ledger_head(folder.ledger, ledger.releases))
     try:
         yield folder, processes.broadcast(key), ledger
     finally:
         if ledger is not None:
             ledger.close()
-
-
-def key_path(recipe: Recipe) -> Path:
-    """Return where the secret sampling key lies: beside the run folder unless the recipe says."""
-    folder = recipe.run.folder
-    return recipe.privacy.key_file or folder.with_name(f"{folder.name}.key")
 
 
 def _resume(
@@ -220,7 +221,7 @@ def _step(run: Run, draw: Draw) -> None:
     with run.step:
         for units, is_unit_B in _microbatches(run, draw):
             batch = collate(parts.records, units)
-            full = len(units) == parts.microbatch.size
+            full = batch.input_ids.shape == parts.full_shape
             timed = clock.microbatch(batch.input_ids.numel(), full=full)
             with timed, parts.losses.sharing():
                 run.step.backward(parts.losses.losses_B(parts.model, batch), is_unit_B)

@@ -30,15 +30,15 @@ PUBLIC_METRICS: Mapping[str, PublicMetric] = {
         reason="The released model applied to records that the recipe declares public.",
     ),
     # Wall-clock time of a whole step grows with the number of drawn units, which is private. The
-    # published rate is put together from the time per token of a micro-batch and the time of a
-    # release, both independent of the draw, and the expected batch size, which is public.
+    # published rate is put together from the time per token of a micro-batch of full shape and the
+    # time of a release, both independent of the draw, and the expected batch size, which is public.
     "tokens_per_second": PublicMetric(
         unit="tokens/s",
         reason="Expected batch over expected duration; it does not use the size of a draw.",
     ),
     "memory_gib": PublicMetric(
         unit="GiB",
-        reason="Peak of one process, which holds one micro-batch however many units are drawn.",
+        reason="Peak of tensors on one GPU: one micro-batch of full shape, however many are drawn.",
     ),
 }
 
@@ -49,6 +49,7 @@ class MetricsLog:
     Args:
         path: JSON-lines file; opened for appending.
         tensorboard: Folder of the event files.
+        first_step: Steps that were finished before; later ones are forgotten, being lost.
 
     Guarantee:
         A quantity that `PUBLIC_METRICS` does not declare is refused, so training losses, gradient
@@ -56,11 +57,11 @@ class MetricsLog:
         cannot get here by mistake.
     """
 
-    def __init__(self, path: Path, tensorboard: Path) -> None:
+    def __init__(self, path: Path, tensorboard: Path, *, first_step: int = 0) -> None:
         self._file = path.open("a", encoding="utf-8")
         if not _ends_with_newline(path):
             self._file.write("\n")  # a crash tore the last line; readers skip it
-        self._events = SummaryWriter(log_dir=str(tensorboard))
+        self._events = SummaryWriter(log_dir=str(tensorboard), purge_step=first_step)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -100,7 +101,11 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return one row per step, in the order of steps; of a repeated step the last one counts.
+    """Return one row per step, in the order of steps, of the model that there is.
+
+    After a crash a run goes back to its newest checkpoint. Rows of the steps that were lost speak
+    of a model that no longer exists: a row takes the place of all that stand before it in the file
+    and belong to its own or a later step.
 
     Args:
         path: `metrics.jsonl` of a run folder; a missing file is an empty list.
@@ -113,8 +118,9 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             continue  # a line that a crash tore
         if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows = {step: kept for step, kept in rows.items() if step < row["step"]}
             rows[row["step"]] = row
-    return [rows[step] for step in sorted(rows)]
+    return list(rows.values())
 
 
 def _ends_with_newline(path: Path) -> bool:

@@ -143,6 +143,9 @@ def _check_heads(config: PreTrainedConfig) -> None:
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     groups = getattr(text, "num_key_value_heads", None)
+    for name in ("num_hidden_layers", "num_key_value_heads"):
+        if isinstance(count := getattr(text, name, None), int) and count < 1:
+            raise ModelError(f"model.config.{name} is {count}; it must be at least 1.")
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         raise ModelError(
             f"model.config.num_key_value_heads is {groups}, which does not divide "

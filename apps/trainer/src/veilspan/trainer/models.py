@@ -145,7 +145,7 @@ def _adapt(model: nn.Module, lora: Lora) -> nn.Module:
         with warnings.catch_warnings():
             # PEFT asks transformers for a property under its old name.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            return get_peft_model(model, settings)  # pyright: ignore[reportArgumentType]
+            adapted = get_peft_model(model, settings)  # pyright: ignore[reportArgumentType]
     except ValueError as error:
         linear = {
             n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)
@@ -154,3 +154,16 @@ def _adapt(model: nn.Module, lora: Lora) -> nn.Module:
             f"model.lora.target_modules is {targets!r}, which fits no module of the model; "
             f"its linear modules are {', '.join(sorted(linear))}."
         ) from error
+    _require_own_weights(adapted, targets)
+    return adapted
+
+
+def _require_own_weights(model: Any, targets: object) -> None:
+    """Refuse an adapter on one of two modules that share a weight: merging would change both."""
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = ends[1] is not None and ends[0].weight is ends[1].weight
+    if tied and any(hasattr(end, "base_layer") for end in ends):
+        raise ModelError(
+            f"model.lora.target_modules is {targets!r}, but embeddings and head of this model "
+            "share their weight: the merged model would have the adapter in both. Leave them out."
+        )

@@ -63,7 +63,8 @@ class Monitor:
         self.finished = first_step
         self.stop_reason: str | None = None
         if ledger is not None:
-            self._log = self._closing.enter_context(MetricsLog(folder.metrics, folder.tensorboard))
+            log = MetricsLog(folder.metrics, folder.tensorboard, first_step=first_step)
+            self._log = self._closing.enter_context(log)
             view = ProgressView(
                 console,
                 steps=parts.plan.steps,

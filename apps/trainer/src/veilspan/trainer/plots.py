@@ -89,22 +89,25 @@ def plot_heldout(path: Path, curve: Sequence[Point]) -> None:
 
 
 def plot_resources(path: Path, speed: Sequence[Point], memory: Sequence[Point]) -> None:
-    """Draw throughput and peak memory side by side.
+    """Draw throughput and, where there is any, peak memory beside it.
 
     Args:
         path: PNG file to write.
         speed: (step, tokens per second for the expected batch).
         memory: (step, peak GiB of one process).
     """
+    panels = [
+        ("Throughput", "tokens per second", speed, BLUE),
+        ("Peak memory of one process", "GiB", memory, ORANGE),
+    ]
+    panels = [panel for panel in panels if panel[2]]
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(12.8, 3.6), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        left.plot(*_columns(speed), color=BLUE, marker="o", markersize=4)
-        left.set(title="Throughput", ylabel="tokens per second", xlabel="step")
-        right.plot(*_columns(memory), color=ORANGE, marker="o", markersize=4)
-        right.set(title="Peak memory of one process", ylabel="GiB", xlabel="step")
+        figure = Figure(figsize=(6.4 * len(panels), 3.6), layout="constrained")
+        row = figure.subplots(1, len(panels), squeeze=False)[0]
         figure.get_layout_engine().set(wspace=0.06)  # pyright: ignore
-        for axes, points in ((left, speed), (right, memory)):
+        for axes, (title, unit, points, color) in zip(row, panels, strict=True):
+            axes.plot(*_columns(points), color=color, marker="o", markersize=4)
+            axes.set(title=title, ylabel=unit, xlabel="step")
             axes.set_ylim(0, 1.25 * max(value for _, value in points))
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.savefig(path)
@@ -138,9 +141,10 @@ def draw_plots(
     if heldout:
         figures["Held-out loss"] = folder / "heldout_loss.png"
         plot_heldout(figures["Held-out loss"], heldout)
-    if speed and memory:
-        figures["Throughput and memory"] = folder / "resources.png"
-        plot_resources(figures["Throughput and memory"], speed, memory)
+    if speed:
+        title = "Throughput and memory" if memory else "Throughput"
+        figures[title] = folder / "resources.png"
+        plot_resources(figures[title], speed, memory)
     return figures
 
 

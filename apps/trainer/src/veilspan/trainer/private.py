@@ -91,7 +91,8 @@ def make_private(  # noqa: PLR0913 - each is one number of the plan or one part 
             embedding or a convolution takes one record at a time without it.
         collate: Makes a micro-batch of a list of records.
         noise: Noise source; by default AES with a fresh key from the operating system.
-        key: 32 secret bytes of the sampler; fresh by default.
+        key: 32 secret bytes of the sampler, which no other start on the same data may use: two
+            releases of one draw cost more than two of independent draws. Fresh by default.
         **options: Further arguments of `PrivateStep`: `backward`, `norms`, `accumulate`, ….
 
     Returns:

@@ -46,6 +46,7 @@ class Recipe(Section):
         self._check_shard()
         self._check_groups()
         self._check_norms()
+        self._check_key_file()
         if self.optimizer.warmup_steps > self.privacy.steps:
             raise ValueError(
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, more than "
@@ -128,6 +129,14 @@ class Recipe(Section):
                     f"{choices}. Set it, or remove privacy.norm_probes for exact norms"
                 )
 
+    def _check_key_file(self) -> None:
+        key_file, folder = self.privacy.key_file, self.run.folder
+        if key_file is not None and key_file.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"privacy.key_file is {str(key_file)!r}, inside of run.folder, which may be "
+                "published as a whole; name a file outside of it, or leave it out"
+            )
+
     @property
     def shards(self) -> int:
         """Number of processes that hold one copy of the parameters together."""
@@ -203,6 +212,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         )
     section = tree
     for key in keys[:-1]:
+        if key not in section and not text.strip():
+            return  # nothing to remove; a section [model.lora] would turn adapters on
         section = section.setdefault(key, {})
         if not isinstance(section, dict):
             raise RecipeError(f"--set {override!r}: {key} is a value and has no keys below it.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from veilspan.accounting import Ledger, LedgerError, PrivacyPlan
-from veilspan.trainer.errors import TrainerError
+from veilspan.trainer.errors import RecipeError, TrainerError
 from veilspan.trainer.files import write_whole
 from veilspan.trainer.recipe import Recipe, load_recipe
 
@@ -153,6 +154,12 @@ class RunFolder:
         return Ledger.open(self.ledger, read_only=True)
 
 
+def key_path(recipe: Recipe) -> Path:
+    """Return where the secret sampling key lies: beside the run folder unless the recipe says."""
+    folder = Path(os.path.abspath(recipe.run.folder))  # "." has no name; links keep theirs
+    return recipe.privacy.key_file or folder.with_name(f"{folder.name}.key")
+
+
 def recipe_digest(recipe: Recipe) -> str:
     """Return a SHA-256 of everything in a recipe that decides what is learned.
 
@@ -229,8 +236,8 @@ def _continue(folder: RunFolder, plan: PrivacyPlan, info: RunInfo) -> Ledger:
         )
     if known.key_fingerprint != info.key_fingerprint:
         raise RunFolderError(
-            f"{folder.root} belongs to a run with another sampling key: repeated steps would draw "
-            "other units. Restore the key file (privacy.key_file), or start in a new folder."
+            f"{folder.root} belongs to a run with another sampling key, so its ledger would name "
+            "the wrong one. Restore the key file (privacy.key_file), or start in a new folder."
         )
     if known.num_records != info.num_records:
         raise RunFolderError(
@@ -241,10 +248,15 @@ def _continue(folder: RunFolder, plan: PrivacyPlan, info: RunInfo) -> Ledger:
 
 
 def _create(folder: RunFolder, recipe: Recipe, plan: PrivacyPlan, info: RunInfo) -> Ledger:
+    budget = recipe.privacy.target_epsilon or plan.epsilon().upper
+    if budget == 0:
+        raise RecipeError(
+            f"privacy.noise_multiplier is {plan.noise_multiplier:g}, with which ε is 0: nothing "
+            "would be learned. Set it lower."
+        )
     folder.root.mkdir(parents=True, exist_ok=True)
     _clear_interrupted_start(folder)
     write_whole(folder.recipe, recipe.to_toml())
-    budget = recipe.privacy.target_epsilon or plan.epsilon().upper
     ledger = Ledger.create(
         folder.ledger, plan, budget_epsilon=budget, run_id=_run_id(info), data=recipe.data.name
     )
@@ -273,7 +285,7 @@ def _clear_interrupted_start(folder: RunFolder) -> None:
 def _require_unused(path: Path) -> None:
     if b"\n" not in path.read_bytes():
         return  # not even the first line is complete
-    with Ledger.open(path, read_only=True) as ledger:
+    with Ledger.open(path) as ledger:  # refused while another start has just made it
         if ledger.releases:
             raise LedgerError(
                 f"{path} counts {ledger.releases} releases, but the run folder lost its run.json. "

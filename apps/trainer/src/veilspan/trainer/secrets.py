@@ -27,7 +27,7 @@ def load_or_create_key(path: Path) -> bytes:
     Guarantee:
         Privacy amplification by sampling holds only while the key is unknown to whoever sees the
         model. The key is therefore never logged, never part of a checkpoint, and lies outside the
-        run folder unless the recipe says otherwise. Noise never depends on it.
+        run folder. Noise never depends on it.
     """
     try:
         if not path.exists():
@@ -54,6 +54,25 @@ def load_or_create_key(path: Path) -> bytes:
 def key_fingerprint(key: bytes) -> str:
     """Return a text that tells two keys apart without revealing either (SHA-256, 16 digits)."""
     return hashlib.sha256(b"veilspan sampling key\0" + key).hexdigest()[:16]
+
+
+def key_of_start(key: bytes, ledger_head: str) -> bytes:
+    """Return the key from which one start of a run draws its batches.
+
+    Args:
+        key: The sampling key, 32 bytes.
+        ledger_head: Hash of the last line that the ledger holds at this start.
+
+    Returns:
+        32 bytes.
+
+    Guarantee:
+        No two releases take their batches from the same draw: every release changes the head, and
+        no two ledgers have one in common. So a step that is repeated after a crash, and the same
+        step of another run with the same key file, draw independently. ε counts on that: two
+        releases of one draw cost more than two of independent draws.
+    """
+    return hashlib.sha256(b"veilspan batches of a start\0" + key + ledger_head.encode()).digest()
 
 
 def _create(path: Path) -> None:

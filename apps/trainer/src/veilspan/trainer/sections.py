@@ -302,7 +302,10 @@ class Run(Section):
 
     folder: Path = Field(description="Run folder; a run that was interrupted continues in it.")
     seed: int = Field(
-        default=0, ge=0, description="Seed of the initial weights, never of sampling or noise."
+        default=0,
+        ge=0,
+        le=2**64 - 1,
+        description="Seed of the initial weights, never of sampling or noise.",
     )
     checkpoint_every: int = Field(default=50, ge=1, description="Steps between checkpoints.")
     keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints to keep.")

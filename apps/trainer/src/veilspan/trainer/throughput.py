@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -40,7 +39,8 @@ class Throughput:
     def microbatch(self, tokens: int, *, full: bool) -> Iterator[None]:
         """Time one forward and backward over `tokens` tokens, padding included.
 
-        Only a full micro-batch counts: how full the last one of a step is, is private.
+        Only a full micro-batch counts, of as many units as fit and padded to full length: how full
+        the last one of a step is, and how long units are, is private.
         """
         began = self._now()
         yield
@@ -71,12 +71,11 @@ class Throughput:
 
 
 def peak_memory_gib(device: torch.device) -> float | None:
-    """Return the most memory this process ever held on its device; None where nobody counts it."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:
+    """Return the most memory that tensors of this process ever took on a GPU; None on a CPU.
+
+    What a process holds on a CPU grows with the rows it reads, so its peak tells how long the
+    longest private row is.
+    """
+    if device.type != "cuda":
         return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return torch.cuda.max_memory_allocated(device) / 2**30

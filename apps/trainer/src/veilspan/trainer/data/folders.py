@@ -47,7 +47,7 @@ def list_files(
     *,
     pattern: str,
     exclude: Collection[str] = (),
-    without: Path | None = None,
+    without: Collection[Path] = (),
 ) -> list[Path]:
     """Return the files of a data set, sorted by their path below `path`.
 
@@ -56,17 +56,20 @@ def list_files(
         key: Recipe key to name in errors.
         pattern: Files to take inside a folder, such as `**/*.py`.
         exclude: Patterns of files and folders to leave out.
-        without: A file or folder whose files are left out as well.
+        without: Files and folders whose files are left out as well.
 
     Raises:
         DataError: If `path` is missing or a pattern cannot be read.
     """
     require(path, key)
     if path.is_file():
-        return [path] if without is None or not path.samefile(without) else []
+        return [] if any(other.exists() and path.samefile(other) for other in without) else [path]
     dropped = {match for text in exclude for match in _glob(path, text, "data.exclude")}
-    if without is not None and is_inside(without, path):
-        dropped.add(path / without.resolve().relative_to(path.resolve()))
+    dropped |= {
+        path / other.resolve().relative_to(path.resolve())
+        for other in without
+        if is_inside(other, path)
+    }
     kept = (
         file
         for file in _glob(path, pattern, "data.pattern")

@@ -12,6 +12,7 @@ from veilspan.trainer.data.records import Records, one_unit_per_row, one_unit_pe
 from veilspan.trainer.data.rows import DatasetFolder, JsonLines, ParquetFiles, Rows, TextFiles
 from veilspan.trainer.errors import DataError
 from veilspan.trainer.recipe import Recipe
+from veilspan.trainer.run_folder import key_path
 from veilspan.trainer.sections import Data
 
 
@@ -24,7 +25,7 @@ def open_records(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Records:
         DataError: If data is missing, empty, or not in the declared form.
     """
     data = recipe.data
-    rows = _training_rows(data)
+    rows = _training_rows(data, _written(recipe))
     if data.unit == "user":
         assert data.user_column is not None  # Data refuses unit "user" without it
         units = one_unit_per_user(rows.users(data.user_column))
@@ -52,21 +53,36 @@ def open_heldout(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Records 
     data = recipe.data
     if not data.has_heldout:
         return None
-    rows = _heldout_rows(data)
+    rows = _heldout_rows(data, _written(recipe))
     count = min(len(rows), data.heldout_records)
     if count == 0:
-        source = data.heldout or f"{data.train}/{data.heldout_pattern}"
-        raise DataError(f"The held-out data {str(source)!r} has no rows; remove it or correct it.")
+        source = str(_heldout_source(data))
+        raise DataError(f"The held-out data {source!r} has no rows; remove it or correct it.")
     chosen = [index * len(rows) // count for index in range(count)]
-    return Records(
+    records = Records(
         rows,
         tokenizer,
         sequence_length=data.sequence_length,
         units=one_unit_per_row(chosen),
     )
+    if all(len(records[number]) < 2 for number in range(count)):
+        raise DataError(
+            f"No row of the held-out data, {str(_heldout_source(data))!r}, holds a token to "
+            "predict; remove it or correct it."
+        )
+    return records
 
 
-def _training_rows(data: Data) -> Rows:
+def _heldout_source(data: Data) -> Path:
+    return data.heldout or data.train / (data.heldout_pattern or "")
+
+
+def _written(recipe: Recipe) -> tuple[Path, ...]:
+    """Return what the run itself writes, which is no data wherever it lies."""
+    return recipe.run.folder, key_path(recipe)
+
+
+def _training_rows(data: Data, written: tuple[Path, ...]) -> Rows:
     kind = _format(data, data.train, "data.train")
     if data.heldout is not None and is_inside(data.train, data.heldout):
         raise DataError(
@@ -82,31 +98,37 @@ def _training_rows(data: Data) -> Rows:
         return DatasetFolder(data.train, data.text_column)
     exclude = (*data.exclude, *([data.heldout_pattern] if data.heldout_pattern else []))
     pattern = data.pattern or PATTERNS[kind]
-    files = list_files(
-        data.train, "data.train", pattern=pattern, exclude=exclude, without=data.heldout
-    )
+    without = written if data.heldout is None else (*written, data.heldout)
+    files = list_files(data.train, "data.train", pattern=pattern, exclude=exclude, without=without)
     return _rows(kind, files, data)
 
 
-def _heldout_rows(data: Data) -> Rows:
+def _heldout_rows(data: Data, written: tuple[Path, ...]) -> Rows:
     path, key = data.heldout, "data.heldout"
     kind = _format(data, path or data.train, key)
     if path is None:
         assert data.heldout_pattern is not None
-        files = _held_out_files(data, data.heldout_pattern, data.pattern or PATTERNS[kind])
+        files = _held_out_files(data, data.heldout_pattern, written)
     elif kind == "dataset":
         return DatasetFolder(path, data.text_column)
     else:
-        files = list_files(path, key, pattern=data.pattern or PATTERNS[kind], exclude=data.exclude)
+        pattern = data.pattern or PATTERNS[kind]
+        files = list_files(path, key, pattern=pattern, exclude=data.exclude, without=written)
     return _rows(kind, files, data)
 
 
-def _held_out_files(data: Data, held_out: str, pattern: str) -> list[Path]:
-    """Return the files of the train folder that `pattern` takes and `held_out` takes away."""
-    every = list_files(data.train, "data.train", pattern=pattern, exclude=data.exclude)
-    exclude = (*data.exclude, held_out)
-    trained_on = set(list_files(data.train, "data.train", pattern=pattern, exclude=exclude))
-    return [file for file in every if file not in trained_on]
+def _held_out_files(data: Data, held_out: str, written: tuple[Path, ...]) -> list[Path]:
+    """Return the files of the train folder that `held_out` takes out of the training data."""
+    pattern = data.pattern or PATTERNS[_format(data, data.train, "data.train")]
+
+    def files(*exclude: str) -> list[Path]:
+        excluded = (*data.exclude, *exclude)
+        return list_files(
+            data.train, "data.train", pattern=pattern, exclude=excluded, without=written
+        )
+
+    trained_on = set(files(held_out))
+    return [file for file in files() if file not in trained_on]
 
 
 def _rows(kind: str, files: Sequence[Path], data: Data) -> Rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -79,10 +79,18 @@ class JsonLines:
     def text(self, row: int, limit: int) -> str:
         """Return the first `limit` characters of row `row`, counted over all files."""
         number, inner = _locate(self._ends, row)
-        with self._files[number].open("rb") as file:
-            file.seek(self._offsets[number][inner])
-            line = json.loads(file.readline())
-        return (line[self._column] or "")[:limit]
+        path, start = self._files[number], self._offsets[number][inner]
+        try:
+            with path.open("rb") as file:
+                file.seek(start)
+                line = file.readline()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+        # A file that has changed since it was opened is refused like one that was wrong before.
+        value = _field(line, self._column, f"{path}, byte {start}", text=True)
+        text = (value or "")[:limit]
+        # JSON may spell halves of a pair of surrogates, which are no characters.
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
     def users(self, column: str) -> list[str]:
         """Return the user of every row."""
@@ -137,7 +145,11 @@ class ParquetFiles:
     def text(self, row: int, limit: int) -> str:
         """Return the first `limit` characters of row `row`, counted over all files."""
         group, inner = _locate(self._ends, row)
-        return (self._read(*self._groups[group])[inner].as_py() or "")[:limit]
+        number, part = self._groups[group]
+        try:
+            return _cell(self._read(number, part)[inner])[:limit]
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self._files[number]} cannot be read: {error}.") from error
 
     def users(self, column: str) -> list[str]:
         """Return the user of every row."""
@@ -170,15 +182,16 @@ class DatasetFolder:
             raise DataError(f"{folder} holds the splits {splits}; name one, as {folder}/SPLIT.")
         _check_columns(dataset.column_names, text_column, folder)
         _check_text(dataset.data.schema.field(text_column).type, text_column, folder)
-        self._folder, self._all = folder, dataset
-        self._texts, self._column = dataset.select_columns([text_column]), text_column
+        self._folder, self._all = folder, dataset.with_format(None)
+        self._texts = dataset.select_columns([text_column]).with_format("arrow")
 
     def __len__(self) -> int:
         return len(self._texts)
 
     def text(self, row: int, limit: int) -> str:
         """Return the first `limit` characters of row `row`."""
-        return (self._texts[row][self._column] or "")[:limit]
+        table: Any = self._texts[row]
+        return _cell(table.column(0)[0])[:limit]
 
     def users(self, column: str) -> list[str]:
         """Return the user of every row."""
@@ -195,7 +208,7 @@ def _locate(ends: Sequence[int], row: int) -> tuple[int, int]:
 def _field(line: bytes, column: str, where: str, *, text: bool) -> Any:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: no valid JSON ({error}); write one object per line.") from error
     if not isinstance(fields, dict):
         raise DataError(f'{where}: each line must be an object such as {{"{column}": …}}.')
@@ -215,8 +228,21 @@ def _check_text(kind: Any, column: str, where: object) -> None:
         raise DataError(f"{where}: column {column!r} holds {kind}; it must hold text.")
 
 
+def _cell(scalar: Any) -> str:
+    """Return one cell of an Arrow column of texts; bytes that are not UTF-8 become U+FFFD."""
+    try:
+        return scalar.as_py() or ""
+    except UnicodeDecodeError:
+        return scalar.as_buffer().to_pybytes().decode("utf-8", "replace")
+
+
 def _user(value: object, column: str) -> str:
-    if value is None or value == "":
+    """Return one text for all spellings of a user, so that 7 and 7.0 are one user."""
+    if isinstance(value, Mapping | list):
+        raise DataError(f"Column {column!r} must hold texts or numbers; some row has {{…}} or […].")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if value is None or value != value or not str(value).strip():  # NaN is not itself
         raise DataError(
             f"Column {column!r} names no user in some row; every row needs one, because a row "
             "without a user would be protected as nobody's."
