@@ -17,13 +17,14 @@ from veilspan.accounting import Ledger, LedgerError, PrivacyPlan
 from veilspan.accounting.bounds import round_up
 from veilspan.trainer.odds import detection_bounds
 from veilspan.trainer.plots import draw_plots
+from veilspan.trainer.progress import Status
 from veilspan.trainer.prose import Block, parse
 from veilspan.trainer.report import epsilon_curve, write_report, write_statement
 from veilspan.trainer.run_folder import RunFolder, RunFolderError, RunInfo, open_run, recipe_digest
 
 PLAN = PrivacyPlan.calibrate(
     target_epsilon=8.0,
-    delta=1e-3,
+    delta=1 / 999,
     sampling_probability=4 / 24,
     steps=6,
     expected_batch_size=4.0,
@@ -88,6 +89,18 @@ def test_a_complete_run_states_the_epsilon_of_its_plan(run_of: Callable) -> None
     numbers = json.loads((root / "privacy_statement.json").read_text())
     assert numbers["epsilon"]["upper"] == upper
     assert f"ε ≤ {round_up(upper)}" in (root / "privacy_statement.md").read_text()
+
+
+def test_no_number_is_rounded_to_what_is_not_certified(run_of: Callable) -> None:
+    page = write_report(run_of(*_all(PLAN.steps))).read_text()
+    assert "δ = 0.0011" in page  # not 0.001, the nearest of two digits
+    assert "<b>0.0011</b>" in page
+    bounds = PLAN.epsilon()
+    least = re.search(r"true value at least ([\d.]+)", page)
+    assert least is not None
+    assert float(least[1]) <= bounds.lower
+    status = Status(step=1, epsilon=1.23401, heldout_loss=None, tokens_per_second=None)
+    assert status.text(8.0) == "ε 1.235 of 8"
 
 
 def test_the_statement_counts_releases_not_planned_steps(run_of: Callable) -> None:
@@ -167,7 +180,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("epsilon", "delta"), [(0.0, 0.0), (1.0, 1e-5), (8.0, 1e-5), (800.0, 0.0)])
-def testdetection_bounds_are_those_of_the_two_point_mechanism(epsilon: float, delta: float) -> None:
+def test_detection_is_bounded_as_for_the_two_point_mechanism(epsilon: float, delta: float) -> None:
     for rate, (_, found) in zip((1e-2, 1e-3, 1e-4), detection_bounds(epsilon, delta), strict=True):
         stated = float(found.removesuffix(" %")) / 100
         # The best test against (ε, δ): both error rates at once satisfy these two lines.

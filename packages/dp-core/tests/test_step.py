@@ -282,6 +282,19 @@ def test_single_sample_refuses_two_records():
         step.backward(square_losses(model, torch.randn(2, 3)))
 
 
+def test_single_sample_clips_a_sparse_gradient_of_an_embedding():
+    torch.manual_seed(0)
+    dense, sparse = nn.Embedding(5, 3), nn.Embedding(5, 3, sparse=True)
+    sparse.load_state_dict(dense.state_dict())
+    for model in (dense, sparse):
+        step = attach(model, backward="single_sample")
+        with step:
+            step.backward(model(torch.tensor([[1, 4, 1]])).square().sum((1, 2)))
+    assert dense.weight.grad is not None
+    assert sparse.weight.grad is not None
+    assert torch.equal(sparse.weight.grad, dense.weight.grad)
+
+
 def test_positions_first_is_refused_outside_of_single_sample():
     class Last(nn.Module):
         def __init__(self):

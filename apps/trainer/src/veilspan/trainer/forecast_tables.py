@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from rich.console import Console
 
-from veilspan.accounting.bounds import round_up
+from veilspan.accounting.bounds import at_least, at_most, round_up
 from veilspan.trainer.forecast import EFFICIENCY, Forecast
 from veilspan.trainer.progress import settings_table
 
@@ -26,13 +26,13 @@ def show_forecast(console: Console, forecast: Forecast) -> None:
 
 def _privacy(forecast: Forecast) -> dict[str, str]:
     plan, epsilon = forecast.plan, forecast.epsilon
-    lower, each = f"{epsilon.lower:.4g}", plan.records_per_unit
+    lower, each = at_most(epsilon.lower, 4), plan.records_per_unit
     drawn = plan.unit if each == 1 else "sequence"
     of_each = "" if each == 1 else f", {each} sequences of each"
     return {
         "unit": f"{plan.unit}, N = {forecast.num_records:,} (treated as public){of_each}",
         "ε at the end": f"at most {round_up(epsilon.upper)}, at least {lower}",
-        "δ": f"{plan.delta:.4g} (1/N = {1 / forecast.num_records:.3g})",
+        "δ": f"{at_least(plan.delta, 4)} (1/N = {1 / forecast.num_records:.3g})",
         "noise multiplier σ": f"{plan.noise_multiplier:.4f}",
         "clip norm C": f"{plan.clip_norm:g}",
         "sampling": f"Poisson, probability {plan.sampling_probability:.4g}",

@@ -13,7 +13,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from veilspan.accounting import EpsilonBounds, LedgerEntry, PrivacyPlan
-from veilspan.accounting.bounds import round_up
+from veilspan.accounting.bounds import at_least, at_most, round_up
 from veilspan.trainer.files import write_whole
 from veilspan.trainer.metrics import PUBLIC_METRICS, read_metrics
 from veilspan.trainer.odds import detection_bounds, odds_factor
@@ -168,7 +168,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["round_up"] = round_up
+    environment.filters |= {"round_up": round_up, "at_least": at_least}
     return environment
 
 
@@ -186,7 +186,7 @@ def _plain_words(account: Account) -> list[str]:
         f"Take any one {unit}. Train the model twice, once with it and once without it. Whatever "
         f"is published of the two runs, anything anybody may conclude from it is at most "
         f"e^ε = {odds_factor(spent.upper)} times as likely in one case as in the other, except "
-        f"with probability δ = {spent.delta:.2g}.",
+        f"with probability δ = {at_least(spent.delta, 2)}.",
         "ε is a worst-case bound: it holds against somebody who knows every other "
         f"{unit}, sees every step of the training, and has unlimited computing power. Smaller is "
         "more private; 0 would mean that nothing can be learned about anybody at all.",
@@ -260,12 +260,12 @@ def _mechanism_rows(account: Account, recipe: Recipe, info: RunInfo) -> list[tup
         ("Planned steps", f"{plan.steps:,}", "noisy releases"),
         (
             "δ",
-            f"{plan.delta:.4g}",
+            at_least(plan.delta, 4),
             f"1/N is {1 / info.num_records:.2g} for N = {info.num_records:,}",
         ),
         ("Neighbouring data sets", "add or remove", f"differ by one {plan.unit}"),
         ("Accountant", account.spent.method, "upper bound, both directions"),
-        ("ε", f"{round_up(account.spent.upper)}", f"true value at least {account.spent.lower:.4f}"),
+        ("ε", round_up(account.spent.upper), f"true value at least {at_most(account.spent.lower)}"),
     ]
 
 

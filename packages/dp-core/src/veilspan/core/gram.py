@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-_SMALL_TILE, _TILE, _LARGE_TILE = 32, 128, 256  # tokens of a side of a tile
+_SMALL_TILE, _TILE, _LARGE_TILE = 64, 128, 256  # tokens of a side of a tile
 _AT_ONCE = 1 << 18  # pairs of tokens of one sample that are held together
 
 

@@ -33,7 +33,8 @@ class SingleSample:
         with _every_parameter_reduced(work.attachment.model, work.shards.degree):
             losses_B.sum().backward()
         owned, index = work.owned, work.groups.index
-        grads = {n: work.shards.local(p.grad) for n, p in owned.items() if p.grad is not None}
+        found = {n: p.grad for n, p in owned.items() if p.grad is not None}
+        grads = {n: work.shards.local(_dense(grad)) for n, grad in found.items()}
         sq_norm_M = torch.zeros(len(work.groups), dtype=torch.float64, device=losses_B.device)
         for name, grad in grads.items():
             sq_norm_M[index[name]] += sq_norm(grad)
@@ -43,6 +44,10 @@ class SingleSample:
         for name, grad in grads.items():
             owned[name].grad = None
             work.sums.add_(name, grad, factors[index[name]])
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 @contextmanager
