@@ -113,6 +113,8 @@ def poisson_batches(
 
     Every rank makes the same draws and takes its own part with `Draw.share`. A run that is
     restarted with the same key and `first_step` continues with the draws that it would have made.
+    A step that may have been released before must not be drawn again under that key: two releases
+    of one draw cost more ε than accountants count for two steps. Restart with a new key then.
 
     Args:
         num_records: Number of records, 1 … 2⁴⁰ - 1.
