@@ -109,7 +109,7 @@ def test_the_statement_counts_releases_not_planned_steps(run_of: Callable) -> No
     numbers = json.loads((root / "privacy_statement.json").read_text())
     assert (numbers["releases"], numbers["steps"]) == (3, 2)
     assert numbers["epsilon"]["upper"] == PLAN.epsilon_after(3).upper
-    assert "After 3 steps" in (root / "privacy_statement.md").read_text()
+    assert "After 3 noisy releases" in (root / "privacy_statement.md").read_text()
 
 
 def test_the_report_is_one_page_that_needs_no_other_file(run_of: Callable) -> None:

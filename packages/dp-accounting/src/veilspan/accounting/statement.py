@@ -88,16 +88,16 @@ def _guarantee(plans: tuple[PrivacyPlan, ...], bounds: EpsilonBounds) -> str:
             "Use this for tests and debugging only."
         )
     unit, relation = plans[0].unit, plans[0].relation
-    steps = f"{sum(plan.steps for plan in plans):,} steps"
+    releases = f"{sum(plan.steps for plan in plans):,} noisy releases"
     if len(plans) > 1:
-        steps += f" in {len(plans)} phases"
+        releases += f" in {len(plans)} phases"
     least = (
         "the exact ε is at least"
         if all(plan.norms is None for plan in plans)
         else "that of the law which stands for estimated norms is at least"
     )
     return (
-        f"After {steps} the trained model and everything released with it are "
+        f"After {releases} the trained model and everything released with it are "
         f"(ε, δ)-differentially private with ε ≤ {round_up(bounds.upper)} and "
         f"δ = {at_least(bounds.delta)}, with respect to {_CHANGES[relation].format(unit=unit)}. "
         f"Whatever is published, nobody can tell {_QUESTIONS[relation].format(unit=unit)} "
