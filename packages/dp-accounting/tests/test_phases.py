@@ -209,7 +209,11 @@ def test_statement_of_a_sum_names_every_phase():
         plan(1.0, 0.005, 1000, unit="document"),
     ]
     text = Phases(plans=plans).statement()
-    for phrase in ("1,500 noisy releases in 2 phases", "Phase 1: 500 steps", "Phase 2: 1,000 steps"):
+    for phrase in (
+        "1,500 noisy releases in 2 phases",
+        "Phase 1: 500 steps",
+        "Phase 2: 1,000 steps",
+    ):
         assert phrase in text
     for phrase in (
         "probability 0.005",

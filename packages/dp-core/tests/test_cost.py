@@ -95,7 +95,7 @@ def test_what_does_not_fit_into_memory_is_not_chosen():
     assert len(tight.forecasts) == 3
 
 
-def test_of_strategies_that_take_about_the_same_time_the_leanest_is_chosen():
+def test_where_memory_counts_the_leanest_of_strategies_that_tie_is_chosen():
     forecasts = [
         Forecast(name="per_sample", seconds=0.100, bytes=800.0),
         Forecast(name="bookkeeping", seconds=0.104, bytes=300.0),
@@ -105,6 +105,7 @@ def test_of_strategies_that_take_about_the_same_time_the_leanest_is_chosen():
     tied = choose(forecasts, 1e3, ordinary=1.0)
     assert tied.name == "bookkeeping"
     assert tied.reason == "about as fast as per_sample, in less memory"
+    assert choose(forecasts, 1e4, ordinary=1.0).name == "per_sample"  # there is plenty
     assert choose(forecasts, 100.0, ordinary=1.0).name == "two_pass"
     alone = [Forecast(name="single_sample", seconds=0.2, bytes=9.0), *forecasts]
     assert choose(alone, 1e3, ordinary=1.0).name == "single_sample"

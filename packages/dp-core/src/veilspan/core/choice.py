@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from veilspan.core.cost import Forecast
 
 _TIED = 1.01
-"""Steps whose forecasts are closer than this take about the same time: memory decides."""
+"""Steps whose forecasts are closer than this take about the same time."""
+_PLENTY = 0.1
+"""Share of the memory there is, up to which nobody waits for less of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,8 @@ class Choice:
 def choose(forecasts: Sequence[Forecast], memory: float, *, ordinary: float = 0.0) -> Choice | None:
     """Return the fastest strategy that fits into `memory` bytes, or None if none does.
 
-    Of those whose steps take about the same time, it is the one with the least memory.
+    Where it would take much of them, it is the one with the least memory of those whose steps take
+    about the same time.
 
     Args:
         forecasts: What each strategy costs.
@@ -33,12 +36,14 @@ def choose(forecasts: Sequence[Forecast], memory: float, *, ordinary: float = 0.
     fitting = [forecast for forecast in forecasts if forecast.bytes <= memory]
     if not fitting:
         return None
-    fastest = min(fitting, key=lambda forecast: forecast.seconds)
-    most = _TIED * (ordinary + fastest.seconds) - ordinary
+    fastest = min(fitting, key=lambda forecast: round(forecast.seconds, 9))
+    most = fastest.seconds
+    if fastest.bytes > _PLENTY * memory:
+        most = _TIED * (ordinary + fastest.seconds) - ordinary
     # One record alone needs no rule and no slack: the norm is that of the very numbers it adds.
     alone = next((forecast for forecast in fitting if forecast.name == "single_sample"), None)
     tied = [forecast for forecast in fitting if forecast.seconds <= most]
-    best = alone or min(tied, key=lambda forecast: forecast.bytes)
+    best = alone or min([fastest, *tied], key=lambda forecast: forecast.bytes)
     if best is alone:
         reason = "one record a micro-batch: its gradient is the batch's own"
     else:
