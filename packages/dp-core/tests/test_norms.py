@@ -37,6 +37,9 @@ def test_maps_with_one_input_share_its_products_and_nobody_else_does():
         assert torch.equal(kernel.sq_norm_gram(act, grad)[0], fresh(act, grad))
         assert torch.equal(kernel.sq_norm_gram(other, grad)[0], fresh(other, grad))
     kernel.sq_norm_gram(act, grads[0])
+    wide = grads[0].double()  # whose products must not be those of fp32
+    assert torch.equal(kernel.sq_norm_gram(act, wide)[0], fresh(act, wide))
+    kernel.sq_norm_gram(act, grads[0])
     act.mul_(2.0)  # the same tensor, with other numbers
     assert torch.equal(kernel.sq_norm_gram(act, grads[0])[0], fresh(act, grads[0]))
     half = act[:, :64]  # other tokens at the same address

@@ -103,7 +103,7 @@ def _guarantee(plans: tuple[PrivacyPlan, ...], bounds: EpsilonBounds) -> str:
         f"Whatever is published, nobody can tell {_QUESTIONS[relation].format(unit=unit)} "
         f"with odds more than e^ε times what they were before, except with probability δ. "
         f"The number is an upper bound ({bounds.method}; both directions counted, the worse one "
-        f"printed); {least} {_round_down(bounds.lower)}."
+        f"printed); {least} {at_most(bounds.lower)}."
     )
 
 
@@ -252,7 +252,3 @@ def _records(plan: PrivacyPlan) -> str:
         return ""
     records = plan.expected_batch_size / plan.sampling_probability
     return f", which is 1/{records:,.0f} = {1 / records:.1e} going by the expected batch size"
-
-
-def _round_down(value: float) -> str:
-    return at_most(math.floor(value * 1e4) / 1e4)

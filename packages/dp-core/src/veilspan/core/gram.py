@@ -65,7 +65,7 @@ class GramForm:
     def _of_input(self, act_BTI: Tensor, side: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return `_products` of this very input, formed anew unless it is the last one."""
         place = act_BTI.data_ptr(), act_BTI.shape, act_BTI.stride(), act_BTI.dtype
-        key = (*place, act_BTI._version, side)
+        key = (*place, act_BTI._version, side, dtype)
         known = self._input is not None and self._input() is not None and self._key == key
         if self._products is None or not known:
             self._products = _products(act_BTI.to(dtype), side)

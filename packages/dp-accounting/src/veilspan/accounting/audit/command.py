@@ -15,7 +15,7 @@ import numpy as np
 from veilspan.accounting.audit.one_run import OneRunAudit, audit_one_run
 from veilspan.accounting.audit.plotting import check_exact_norms, plot_audit
 from veilspan.accounting.audit.white_box import WhiteBoxAudit, audit_white_box
-from veilspan.accounting.bounds import round_up
+from veilspan.accounting.bounds import at_most
 from veilspan.accounting.ledger import Ledger
 from veilspan.accounting.plan import PrivacyPlan
 
@@ -70,7 +70,7 @@ def _audit(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     }
     lines = [
         f"claimed: {claimed}, after {claim.steps} releases",
-        f"measured: ε ≥ {_round_down(measured)} with confidence {audit.confidence:g}",
+        f"measured: ε ≥ {at_most(measured, 4)} with confidence {audit.confidence:g}",
         *contradictions,
         f"verdict: {verdict}",
     ]
@@ -154,8 +154,3 @@ def _rows(path: Path) -> dict[str, Any]:
             f"{sorted(_WHITE_BOX)} of repetitions of one step."
         )
     return rows
-
-
-def _round_down(value: float) -> str:
-    """Write a lower bound with four digits, never above it."""
-    return "0" if value == 0 else round_up(value * (1 - 1e-3))

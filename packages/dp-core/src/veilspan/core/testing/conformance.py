@@ -184,7 +184,7 @@ def assert_kernel_conforms(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Assert that a kernel's four answers equal the obvious ones over odd shapes.
+    """Assert that a kernel's answers equal the obvious ones over odd shapes.
 
     Args:
         kernel: The kernel.
