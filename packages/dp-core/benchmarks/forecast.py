@@ -52,6 +52,7 @@ class Sheet:
         """Return what the cost model takes for this device."""
         return DeviceRates(
             flops=self.products * self.flops,
+            norm_flops=self.products * self.flops,
             bandwidth=self.traffic * self.bandwidth,
             reading=self.traffic * self.bandwidth,
             call_seconds=4e-6,

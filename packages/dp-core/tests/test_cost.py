@@ -20,9 +20,10 @@ from veilspan.core.cost import (
     keeping_pays,
     norm_cost,
 )
+from veilspan.core.norms import BlockedKernel
 from veilspan.core.rates import DeviceRates
 
-RATES = DeviceRates(flops=1e11, bandwidth=1e10, reading=1e10)
+RATES = DeviceRates(flops=1e11, norm_flops=1e11, bandwidth=1e10, reading=1e10)
 LINEARS = tuple([(512, 512)] * 16 + [(512, 1376)] * 8 + [(1376, 512)] * 4 + [(512, 8192)])
 
 
@@ -39,6 +40,10 @@ def shape(*, layered=False, features=None):
 
 
 SECONDS = norm_cost("auto", RATES)
+
+
+def rates_here(dtype=torch.float32, **options):
+    return DeviceRates.of(torch.device("cpu"), dtype, BlockedKernel(), **options)
 
 
 def method(length, inputs, outputs):
@@ -80,7 +85,9 @@ def test_what_is_kept_of_a_layer_is_the_smaller_of_gradient_and_factors():
 
 
 def test_where_norms_read_slowly_short_sequences_keep_the_factors_of_wide_layers():
-    measured = DeviceRates(flops=8e10, bandwidth=3e10, reading=1.5e10, store_passes=2.0)
+    measured = DeviceRates(
+        flops=8e10, norm_flops=8e10, bandwidth=3e10, reading=1.5e10, store_passes=2.0
+    )
     assert keeping_pays((128, 512, 1376), measured)
     assert not keeping_pays((128, 512, 512), measured)
     assert not keeping_pays((1024, 512, 1376), measured)
@@ -140,7 +147,7 @@ def test_more_records_share_weights_that_every_product_copies():
     copying = dataclasses.replace(RATES, weight_passes=9.0)
     once, copied = (best_microbatch(512, 64, shape(), rates, SECONDS) for rates in (RATES, copying))
     assert once < copied
-    assert DeviceRates.of(torch.device("cpu")).weight_passes == 9.0
+    assert rates_here().weight_passes == 9.0
 
 
 def test_frozen_weights_take_time_that_no_micro_batch_saves():
@@ -152,9 +159,10 @@ def test_frozen_weights_take_time_that_no_micro_batch_saves():
 
 def test_rates_are_measured_once_and_read_from_then_on(tmp_path):
     cache = tmp_path / "below" / "rates.json"
-    first = DeviceRates.of(torch.device("cpu"), cache=cache)
-    again = DeviceRates.of(torch.device("cpu"), cache=cache)
+    first = rates_here(cache=cache)
+    again = rates_here(cache=cache)
     assert (first.flops, first.bandwidth) == (again.flops, again.bandwidth)
+    assert first.norm_flops == first.flops  # fp32 is what norms are formed in
     assert first.reading == again.reading
     assert 1e8 < first.flops < 1e15
     assert 1e8 < first.bandwidth < 1e13
@@ -166,13 +174,79 @@ def test_rates_are_measured_once_and_read_from_then_on(tmp_path):
 def test_a_damaged_file_of_rates_is_measured_anew(tmp_path, content):
     cache = tmp_path / "rates.json"
     cache.write_text(content)
-    assert DeviceRates.of(torch.device("cpu"), cache=cache).flops > 1e8
+    assert rates_here(cache=cache).flops > 1e8
     assert len(json.loads(cache.read_text())) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
     (tmp_path / "file").write_text("")
-    assert DeviceRates.of(torch.device("cpu"), cache=tmp_path / "file" / "rates.json").flops > 1e8
+    assert rates_here(cache=tmp_path / "file" / "rates.json").flops > 1e8
+
+
+def test_products_of_each_dtype_have_their_own_rates(tmp_path):
+    cache = tmp_path / "rates.json"
+    wide, low = (rates_here(dtype, cache=cache) for dtype in (torch.float32, torch.bfloat16))
+    assert len(json.loads(cache.read_text())) == 2
+    assert low.flops != low.norm_flops  # measured apart: norms widen their operands
+    assert 0.2 < low.norm_flops / wide.norm_flops < 5.0
+
+
+def test_measuring_draws_nothing_and_hears_of_no_autocast():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    with torch.autocast("cpu", torch.bfloat16):
+        rates = rates_here(cache=None)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert rates.norm_flops == rates.flops
+
+
+def test_slow_products_of_norms_and_sums_speak_for_keeping_gradients():
+    slow = dataclasses.replace(RATES, norm_flops=RATES.flops / 8)
+    forecasts = (forecast_all(16, 96, shape(), rates, SECONDS) for rates in (RATES, slow))
+    even, slowed = ({f.name: f.seconds for f in found} for found in forecasts)
+    products = 2.0 * 16 * 96 * sum(i * o for i, o in LINEARS) / RATES.flops
+    for name in ("bookkeeping", "two_pass"):
+        assert slowed[name] - even[name] == pytest.approx(7 * products)
+    shapes = [(96, i, o) for i, o in sorted(set(LINEARS))]
+    assert any(keeping_pays(s, RATES) for s in shapes)
+    assert not any(keeping_pays(s, slow) for s in shapes)
+
+
+def test_products_that_norms_form_faster_than_the_model_save_time():
+    slow = dataclasses.replace(RATES, flops=RATES.norm_flops / 20)  # fp16 on many a CPU
+    found = {f.name: f for f in forecast_all(4, 128, shape(), slow, SECONDS)}
+    assert found["bookkeeping"].seconds < 0
+    assert " -" in str(found["bookkeeping"])
+    assert choose(list(found.values()), 1e12).name == "bookkeeping"
+
+
+@pytest.mark.parametrize("backward", ["auto", "bookkeeping"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "autocast"])
+def test_the_rates_are_those_of_the_dtype_that_the_model_multiplies_in(monkeypatch, kind, backward):
+    asked = []
+    known = rates_here()
+
+    def rates_of(device, dtype, kernel):
+        asked.append(dtype)
+        return known
+
+    monkeypatch.setattr(DeviceRates, "of", rates_of)
+    model = nn.Linear(8, 4).to(torch.bfloat16 if kind == "bf16" else torch.float32)
+    step = PrivateStep(
+        model,
+        clipping=Flat(clip_norm=1.0),
+        noise_multiplier=0,
+        expected_batch_size=1,
+        backward=backward,
+    )
+    assert not asked  # nothing is multiplied yet
+    for _ in range(2):
+        model.zero_grad()
+        with step:
+            with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+                out = model(torch.randn(4, 3, 8).to(model.weight.dtype))
+            step.backward(out.float().square().flatten(1).sum(1))
+    assert asked == [torch.float32 if kind == "fp32" else torch.bfloat16]
 
 
 def test_explain_shows_the_forecast_of_every_strategy_that_was_compared():

@@ -219,7 +219,9 @@ def _chosen(parts: Parts, processes: Processes) -> Microbatch:
     try:
         cost = count_cost(recipe, load_tokenizer(recipe))
         memory = memory_forecast(recipe, cost, microbatch_size=1)
-        return chosen_microbatch(recipe, parts.plan, memory, step.best_microbatch, processes.device)
+        with parts.losses.autocast():
+            fastest = step.best_microbatch
+            return chosen_microbatch(recipe, parts.plan, memory, fastest, processes.device)
     finally:
         step.detach()
 

@@ -11,6 +11,7 @@ import torch
 
 from veilspan.accounting import EpsilonBounds, PrivacyPlan
 from veilspan.core.cost import ModelShape, best_microbatch, norm_cost
+from veilspan.core.norms import BlockedKernel
 from veilspan.core.rates import DeviceRates
 from veilspan.trainer.budget import privacy_plan
 from veilspan.trainer.data import open_records
@@ -131,7 +132,7 @@ def flops_per_sequence(recipe: Recipe, cost: ModelCost) -> int:
 def _chosen(recipe: Recipe, plan: PrivacyPlan, cost: ModelCost) -> Microbatch:
     """Ask the cost model about a model that is not there; the run asks it about the real one."""
     device = _device(recipe)
-    rates = DeviceRates.of(device)
+    rates = DeviceRates.of(device, getattr(torch, recipe.model.dtype), BlockedKernel())
     seconds = norm_cost(recipe.compute.norms, rates, probes=recipe.privacy.norm_probes or 0)
 
     def fastest(length: int, most: int) -> int:

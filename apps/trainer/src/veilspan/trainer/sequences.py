@@ -31,8 +31,7 @@ class SequenceLosses:
     def __init__(self, recipe: Recipe, processes: Processes) -> None:
         self._processes = processes
         self._attention: Literal["auto", "ulysses", "allgather"] = recipe.parallel.attention
-        # A process on its own computes in bfloat16 by autocast; others by how they were split.
-        self._autocast = recipe.model.dtype == "bfloat16" and processes.mesh is None
+        self._lowered = recipe.model.dtype == "bfloat16" and processes.mesh is None
         self.layout: Layout | None = None
         if processes.context[1] > 1:
             from veilspan.parallel import Layout
@@ -51,6 +50,11 @@ class SequenceLosses:
 
         return context_parallel(self._processes.mesh, self.layout, attention=self._attention)
 
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return what a process on its own computes in; others are told when they are split."""
+        device = self._processes.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self._lowered)
+
     def losses_B(  # noqa: N802 - per-sample
         self, model: nn.Module, batch: Batch, *, reduction: Literal["mean", "sum"] = "mean"
     ) -> Tensor:
@@ -67,7 +71,7 @@ class SequenceLosses:
         device = self._processes.device
         ids, labels = batch.input_ids.to(device), batch.labels.to(device)
         if self.layout is None:
-            with torch.autocast(device.type, torch.bfloat16, enabled=self._autocast):
+            with self.autocast():
                 logits = model(input_ids=ids, use_cache=False).logits
             return causal_lm_losses(logits, labels, reduction=reduction)
         from veilspan.parallel import shard_batch

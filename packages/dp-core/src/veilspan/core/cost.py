@@ -79,7 +79,7 @@ class Forecast:
 
     def __str__(self) -> str:
         """Return one line of a table."""
-        return f"{self.name:<12} +{self.seconds * 1e3:8.1f} ms  +{self.bytes / 2**20:8.0f} MiB"
+        return f"{self.name:<12} {self.seconds * 1e3:+9.1f} ms  +{self.bytes / 2**20:8.0f} MiB"
 
 
 def norm_seconds(
@@ -95,14 +95,14 @@ def norm_seconds(
     """
     length, inputs, outputs = shape
     if method == "sketch":
-        products = 2.0 * length * probes * (inputs + outputs) / rates.flops
-        drawn = probes * inputs * _NORMAL_FLOPS / rates.flops
+        products = 2.0 * length * probes * (inputs + outputs) / rates.norm_flops
+        drawn = probes * inputs * _NORMAL_FLOPS / rates.norm_flops
         return products + drawn + _FP32 * probes * (inputs + outputs) / rates.bandwidth
     if method == "direct":
-        product = 2.0 * length * inputs * outputs / rates.flops
+        product = 2.0 * length * inputs * outputs / rates.norm_flops
         return product + _FP32 * inputs * outputs / rates.bandwidth
     pairs = length * (length + min(gram_tile(length), length)) / 2  # on the diagonal and below
-    products = 2.0 * pairs * (inputs + outputs) / rates.flops
+    products = 2.0 * pairs * (inputs + outputs) / rates.norm_flops
     return products + 12.0 * pairs / rates.bandwidth
 
 
@@ -118,7 +118,7 @@ def keeping_pays(
     """
     length, inputs, outputs = shape
     formed = _stored_seconds(inputs * outputs, rates, gradient_bytes)
-    kept = norm_seconds("gram", shape, rates) + _scaled_bytes(shape) / rates.bandwidth
+    kept = norm_seconds("gram", shape, rates) + _factor_seconds(shape, rates)
     return kept < formed and length * (inputs + outputs) < inputs * outputs
 
 
@@ -139,10 +139,14 @@ def _stored_seconds(elements: int, rates: DeviceRates, gradient_bytes: float) ->
     return elements * (moved + 2.0 * gradient_bytes / rates.reading)
 
 
-def _scaled_bytes(shape: tuple[int, int, int]) -> float:
-    """Return what weighing a sample's factors reads and writes."""
+def _factor_seconds(shape: tuple[int, int, int], rates: DeviceRates) -> float:
+    """Return the time to weigh a sample's factors, and to multiply them more slowly or faster.
+
+    Their product takes the place of the one that an ordinary backward pass forms.
+    """
     length, inputs, outputs = shape
-    return 3.0 * _FP32 * length * (inputs + outputs)
+    weighing = 3.0 * _FP32 * length * (inputs + outputs) / rates.bandwidth
+    return weighing + 2.0 * length * inputs * outputs * (1 / rates.norm_flops - 1 / rates.flops)
 
 
 def cheaper_norm(shape: tuple[int, int, int], rates: DeviceRates, *, probes: int = 0) -> str:
@@ -192,8 +196,7 @@ def forecast_all(
     """
     products = sum(2.0 * size * length * i * o for i, o in model.linears) / rates.flops
     norms = sum(size * norm_cost(length, i, o) for i, o in model.linears)
-    scaling = sum(size * _scaled_bytes((length, i, o)) for i, o in model.linears)
-    weighed = norms + scaling / rates.bandwidth
+    weighed = norms + sum(size * _factor_seconds((length, i, o), rates) for i, o in model.linears)
     weighed += _weighing_seconds(len(model.linears), length, model.parameters, rates)
     whole_seconds = _stored_seconds(model.parameters, rates, model.gradient_bytes)
     stored, gradient = size * whole_seconds, size * model.gradient_bytes * model.parameters
@@ -228,7 +231,7 @@ def _stored(size: int, length: int, model: ModelShape, rates: DeviceRates) -> tu
         shape = (length, inputs, outputs)
         if keeping_pays(shape, rates, model.gradient_bytes):
             rest -= inputs * outputs
-            each += norm_seconds("gram", shape, rates) + _scaled_bytes(shape) / rates.bandwidth
+            each += norm_seconds("gram", shape, rates) + _factor_seconds(shape, rates)
             once += _weighing_seconds(1, length, inputs * outputs, rates)
             held += _FP32 * length * (inputs + outputs)
     for rows, width in model.tables:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from torch import nn
 
@@ -24,8 +25,8 @@ from veilspan.core.errors import UnsupportedModelError
 from veilspan.core.groups import Groups
 from veilspan.core.measures import Measure
 from veilspan.core.model_shape import shape_of
-from veilspan.core.protocols import SequenceShards, SplitModel, split_by_record
-from veilspan.core.rates import DeviceRates
+from veilspan.core.protocols import NormKernel, SequenceShards, SplitModel, split_by_record
+from veilspan.core.rates import DeviceRates, product_dtype, usable_bytes
 from veilspan.core.rules import RecordsAlone
 from veilspan.core.sketch import Sketch
 from veilspan.core.survey import OwnedModule
@@ -47,7 +48,7 @@ class StrategyPlan:
         modules: Modules that own trainable parameters, with their rules.
         degree: Ranks that hold one sequence together.
         shape: The model, as the cost model sees it.
-        rates: The device, as the cost model sees it.
+        rates: Returns the device, as the cost model sees it.
         memory: Bytes that a strategy may use beyond an ordinary backward pass.
         memory_is_given: Whether the caller set that limit; else it is what seemed to be free.
         split: Whether ranks with other records split the model.
@@ -59,7 +60,7 @@ class StrategyPlan:
     modules: Sequence[OwnedModule]
     degree: int
     shape: ModelShape
-    rates: DeviceRates
+    rates: Callable[[], DeviceRates]
     memory: float
     memory_is_given: bool = False
     split: bool = False
@@ -125,6 +126,8 @@ class StrategyPlan:
             choice = self._decide(size, length)
             if choice.name not in {known.name for known in self.chosen.values()}:
                 _log.info("backward: %s (%s)", choice.name, choice.reason)
+            if STRATEGIES[choice.name].tapped:
+                self.rates()  # here, in the forward pass: the backward pass knows no autocast
             self.chosen[key] = choice
         return self.chosen[key]
 
@@ -132,24 +135,24 @@ class StrategyPlan:
         """Return the smallest micro-batch that takes about the least time per record."""
         if self.backward == "single_sample" or self._obstacle() is not None:
             return 1
-        return best_microbatch(length, most, self.shape, self.rates, self._norm_cost)
+        return best_microbatch(length, most, self.shape, self.rates(), self._norm_cost)
 
     def norm_method(self, length: int, inputs: int, outputs: int) -> str:
         """Return `direct` or `gram` for one exact norm; the cheaper one unless the caller chose."""
         if isinstance(self.norms, str) and self.norms != "auto":
             return self.norms
-        return cheaper_norm((length, inputs, outputs), self.rates)
+        return cheaper_norm((length, inputs, outputs), self.rates())
 
     def sketch_pays(self, length: int, inputs: int, outputs: int) -> bool:
         """Return whether an estimate takes less time than the exact norm."""
-        return cheaper_norm((length, inputs, outputs), self.rates, probes=self.probes) == "sketch"
+        return cheaper_norm((length, inputs, outputs), self.rates(), probes=self.probes) == "sketch"
 
     def keeping_pays(self, length: int, inputs: int, outputs: int) -> bool:
         """Return whether a layer's factors cost less than each sample's gradient of it."""
         shape = (length, inputs, outputs)
         if self.norms not in ("auto", "gram"):
             return False
-        return keeping_pays(shape, self.rates, self.shape.gradient_bytes)
+        return keeping_pays(shape, self.rates(), self.shape.gradient_bytes)
 
     def measure(self, owned: Mapping[str, nn.Parameter], shards: SequenceShards) -> Measure:
         """Return what takes squared norms of parameters, given by name."""
@@ -165,7 +168,7 @@ class StrategyPlan:
     @property
     def _norm_cost(self) -> NormCost:
         norms = self.norms if isinstance(self.norms, str) else "auto"
-        return norm_cost(norms, self.rates, probes=self.probes)
+        return norm_cost(norms, self.rates(), probes=self.probes)
 
     def path_of(self, parameter: nn.Parameter) -> str:
         """Return the rules that produce a parameter's norm, or the strategy that needs none."""
@@ -186,8 +189,8 @@ class StrategyPlan:
         obstacle = self._obstacle()
         if obstacle is not None:
             return Choice(name="single_sample", reason=obstacle)
-        forecasts = forecast_all(size, length, self.shape, self.rates, self._norm_cost)
-        ordinary = ordinary_seconds(size, length, self.shape, self.rates)
+        forecasts = forecast_all(size, length, self.shape, self.rates(), self._norm_cost)
+        ordinary = ordinary_seconds(size, length, self.shape, self.rates())
         choice = choose(forecasts, self.memory, ordinary=ordinary)
         if choice is not None:
             return choice
@@ -281,11 +284,17 @@ def plan_for(
     groups: Groups,
     wishes: Wishes,
     shards: SequenceShards,
+    kernel: NormKernel,
 ) -> StrategyPlan:
     """Return the plan of `model` on the device that holds its parameters."""
     sketch = wishes.norms if isinstance(wishes.norms, Sketch) else None
-    device = next(model.parameters()).device
-    rates = DeviceRates.of(device)
+    largest = max(model.parameters(), key=nn.Parameter.numel)
+    device, given = largest.device, wishes.memory_budget
+
+    @cache
+    def rates() -> DeviceRates:  # when first asked for: the caller's autocast is at work by then
+        return DeviceRates.of(device, product_dtype(device, largest.dtype), kernel)
+
     return StrategyPlan(
         backward=wishes.backward,
         norms=wishes.norms,
@@ -295,6 +304,6 @@ def plan_for(
         in_parts=isinstance(shards, SplitModel),
         shape=shape_of(model, modules, groups, sketch),
         rates=rates,
-        memory=rates.free_bytes if wishes.memory_budget is None else wishes.memory_budget,
-        memory_is_given=wishes.memory_budget is not None,
+        memory=usable_bytes(device) if given is None else given,
+        memory_is_given=given is not None,
     )

@@ -7,17 +7,19 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from veilspan.core.norms import sq_norm
+from veilspan.core.norms import compute_dtype, sq_norm
+from veilspan.core.protocols import NormKernel
 
 CACHE = Path.home() / ".cache" / "veilspan" / "device_rates.json"
 """Where measured rates are kept; delete the file to measure again."""
 
-_MEASURED = ("flops", "bandwidth", "reading", "call_seconds")
+_MEASURED = ("flops", "norm_flops", "bandwidth", "reading", "call_seconds")
 _SECONDS = 0.05  # of each measurement
 
 
@@ -26,7 +28,10 @@ class DeviceRates:
     """What the cost model believes of a device.
 
     Args:
-        flops: Matrix products of a few hundred rows in fp32, operations per second.
+        flops: Matrix products of a few hundred rows in the dtype of the model's, operations per
+            second.
+        norm_flops: Products that norms and clipped sums are formed of, operations per second. A
+            kernel may widen their operands to fp32, which is slower than bf16 nearly everywhere.
         bandwidth: Memory traffic of elementwise work on large tensors, bytes per second.
         reading: What norms of large tensors read, bytes per second.
         call_seconds: Time of one operation on almost nothing, seconds.
@@ -37,6 +42,7 @@ class DeviceRates:
     """
 
     flops: float
+    norm_flops: float
     bandwidth: float
     reading: float
     call_seconds: float = 1e-5
@@ -45,34 +51,50 @@ class DeviceRates:
     store_passes: float = 1.0
 
     @classmethod
-    def of(cls, device: torch.device, *, cache: Path | None = CACHE) -> DeviceRates:
+    def of(
+        cls,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernel: NormKernel,
+        *,
+        cache: Path | None = CACHE,
+    ) -> DeviceRates:
         """Return the rates of `device`, with its free memory as it is now.
 
-        Measured in a third of a second when a device, thread count or torch version is met for the
+        Measured in half a second when a device, dtype, thread count or torch version is met for the
         first time. The file can be missing or read-only: then it is measured in every process.
 
         Args:
             device: Where the model is.
+            dtype: Of the model's products; see `product_dtype`.
+            kernel: What forms norms and clipped sums.
             cache: File of measured rates; None measures anew and writes nothing.
         """
-        key = _key(device)
+        key = _key(device, dtype, kernel)
         known = _read(cache)
         if key not in known:
-            measured = asdict(_measure(device))
-            known[key] = {name: measured[name] for name in _MEASURED}
+            known[key] = _measure(device, dtype, kernel)
             _write(cache, known)
-        free = int(0.5 * free_bytes(device))
+        free = usable_bytes(device)
         if device.type != "cpu":
             return cls(**known[key], free_bytes=free)
         return cls(**known[key], free_bytes=free, weight_passes=9.0, store_passes=2.0)
 
 
-def _key(device: torch.device) -> str:
+def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which weights of `dtype` are multiplied here and now: autocast's."""
+    lowered = dtype == torch.float32 and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if lowered else dtype
+
+
+def _key(device: torch.device, dtype: torch.dtype, kernel: NormKernel) -> str:
     """Return what the rates depend on."""
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    name = platform.processor() or platform.machine()
-    return f"{device.type} {name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        name = f"{torch.cuda.get_device_name(device)}, {type(kernel).__name__}"
+    else:
+        name = f"{device.type} {platform.processor() or platform.machine()}"
+        name += f", {torch.get_num_threads()} threads"
+    return f"{name}, {dtype}, torch {torch.__version__}"
 
 
 def _read(cache: Path | None) -> dict[str, dict[str, float]]:
@@ -99,21 +121,43 @@ def _write(cache: Path | None, known: dict[str, dict[str, float]]) -> None:
         return  # a home that cannot be written costs a measurement per process
 
 
-def _measure(device: torch.device) -> DeviceRates:
-    rows, width = (2048, 4096) if device.type == "cuda" else (512, 512)
-    left = torch.randn(rows, width, device=device)
-    right = torch.randn(width, 4 * width, device=device)
-    large = torch.zeros(1 << (26 if device.type == "cuda" else 25), device=device)
+@torch.no_grad()
+def _measure(device: torch.device, dtype: torch.dtype, kernel: NormKernel) -> dict[str, float]:
+    on_gpu = device.type == "cuda"
+    rows, width = (2048, 4096) if on_gpu else (512, 512)
+    stream = torch.Generator(device).manual_seed(0)  # the caller's draws stay the caller's
+    left = torch.randn(rows, width, device=device, generator=stream)
+    right = torch.randn(width, 4 * width, device=device, generator=stream)
+    large = torch.zeros(1 << (26 if on_gpu else 25), device=device)
     other = torch.ones_like(large)
     small = torch.zeros(1, device=device)
-    product = _time(lambda: torch.mm(left, right), device)
-    traffic = _time(lambda: large.add_(other, alpha=0.5), device)
-    return DeviceRates(
-        flops=2.0 * left.numel() * right.shape[1] / product,
-        bandwidth=3.0 * 4 * large.numel() / traffic,
-        reading=4.0 * large.numel() / _time(lambda: sq_norm(large), device),
-        call_seconds=_time(lambda: small.add_(small), device),
-    )
+    with torch.autocast(device.type, enabled=False):
+        flops = _product_flops(left.to(dtype), right.to(dtype), device)
+        norm_flops, wide = flops, compute_dtype(dtype)
+        if on_gpu:
+            norm_flops = _norm_flops(left.to(dtype), right.to(dtype), kernel)
+        elif wide != dtype:  # on a CPU every kernel widens
+            norm_flops = _product_flops(left.to(wide), right.to(wide), device)
+        traffic = _time(lambda: large.add_(other, alpha=0.5), device)
+        return {
+            "flops": flops,
+            "norm_flops": norm_flops,
+            "bandwidth": 3.0 * 4 * large.numel() / traffic,
+            "reading": 4.0 * large.numel() / _time(lambda: sq_norm(large), device),
+            "call_seconds": _time(lambda: small.add_(small), device),
+        }
+
+
+def _product_flops(left: Tensor, right: Tensor, device: torch.device) -> float:
+    seconds = _time(lambda: torch.mm(left, right), device)
+    return 2.0 * left.numel() * right.shape[1] / seconds
+
+
+def _norm_flops(left_TI: Tensor, right_IO: Tensor, kernel: NormKernel) -> float:
+    """Return the rate at which `kernel` takes the norm of a product of as many tokens."""
+    act_BTI, grad_BTO = left_TI[None], right_IO[None, : len(left_TI)]
+    seconds = _time(lambda: kernel.sq_norm_direct(act_BTI, grad_BTO), left_TI.device)
+    return 2.0 * left_TI.numel() * right_IO.shape[1] / seconds
 
 
 def _time(action: Callable[[], object], device: torch.device) -> float:
@@ -144,3 +188,8 @@ def free_bytes(device: torch.device) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):  # not every system tells
         return 4 << 30
+
+
+def usable_bytes(device: torch.device) -> int:
+    """Return what a strategy may use of the memory of `device`: half of what nobody uses now."""
+    return int(0.5 * free_bytes(device))

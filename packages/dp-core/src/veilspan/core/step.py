@@ -125,7 +125,7 @@ class PrivateStep:
             norms=norms.law(clipping, groups) if isinstance(norms, Sketch) else None,
         )
         wishes = Wishes(backward=backward, norms=norms, memory_budget=memory_budget)
-        self._plan = plan_for(model, modules, groups, wishes, self._shards)
+        self._plan = plan_for(model, modules, groups, wishes, self._shards, kernel)
         accumulator = accumulator_named(
             accumulate, clip_norm=clipping.clip_norm, expected_batch_size=expected_batch_size
         )

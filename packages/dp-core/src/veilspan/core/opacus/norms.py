@@ -94,7 +94,7 @@ class OpacusNorms:
             )
         self._layers = {name: found.get(module) for module, name in hooked.items()}
         self._engine = engine
-        samplers = Samplers(rules=found, method=norms)
+        samplers = Samplers(rules=found, method=norms, kernel=kernel)
         ours: dict[str, dict[type, Callable[..., Any]]] = {name: {} for name in REGISTRIES}
         for module, rule in found.items():
             kind = type(module)

@@ -35,12 +35,15 @@ class Samplers:
     Args:
         rules: The rule of each layer.
         method: Norm method of linear maps: `auto`, `direct` or `gram`.
-        rates: Each device, as the cost model sees it.
+        kernel: Per-sample arithmetic of linear maps.
     """
 
     rules: Mapping[nn.Module, Rule]
     method: str
-    rates: dict[torch.device, DeviceRates] = field(default_factory=dict)
+    kernel: NormKernel
+    _rates: dict[tuple[torch.device, torch.dtype], DeviceRates] = field(
+        init=False, repr=False, default_factory=dict
+    )
 
     def norms(
         self, layer: nn.Module, activations: list[Tensor], backprops: Tensor
@@ -51,7 +54,7 @@ class Samplers:
             if part is None:
                 sq_B = backprops.new_zeros(0)
             else:
-                choose = self._chooser(backprops.device)
+                choose = self._chooser(backprops)
                 sq_B = part.sq_norms(choose) + _guard(part).square()
             found[parameter] = (sq_B.sqrt() * (1 + FORMED_SLACK)).to(compute_dtype(backprops.dtype))
         return found
@@ -93,13 +96,14 @@ class Samplers:
         parts = rule.backward(layer, inputs, backprops, needs_input=False)[1]
         yield from ((parameter, parts[name]) for name, parameter in trainable)
 
-    def _chooser(self, device: torch.device) -> NormChoice:
-        """Return what names the norm method of one linear map on `device`."""
+    def _chooser(self, backprops: Tensor) -> NormChoice:
+        """Return what names the norm method of one linear map, for gradients like `backprops`."""
         if self.method != "auto":
             return lambda length, inputs, outputs: self.method
-        if device not in self.rates:
-            self.rates[device] = DeviceRates.of(device)
-        rates = self.rates[device]
+        key = (backprops.device, backprops.dtype)
+        if key not in self._rates:
+            self._rates[key] = DeviceRates.of(*key, self.kernel)
+        rates = self._rates[key]
         return lambda length, inputs, outputs: cheaper_norm((length, inputs, outputs), rates)
 
 
