@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -175,6 +176,35 @@ def test_pitfall_43_noise_differs_between_steps_tensors_and_attempts():
     draws = torch.stack([*first, *released(new_key())])
     correlation = torch.corrcoef(draws).fill_diagonal_(0.0)
     assert correlation.abs().max() < 5 / math.sqrt(draws.shape[1])
+
+
+@pytest.mark.parametrize("how", ["an earlier state", "a copy", "another PrivateStep"])
+def test_pitfall_43_noise_is_drawn_once_for_a_step(how):
+    """The difference of two releases under one noise is that of two clipped sums."""
+    model, noise, heard = nn.Linear(3, 2), GaussianNoise(new_key()), []
+    step = attach(model, noise_multiplier=1.0, noise=noise, on_release=heard.append)
+    shallow = copy.copy(step)
+    with step:
+        pass
+    model.zero_grad()
+    if how == "a copy":
+        step = shallow
+    elif how == "an earlier state":
+        step.load_state_dict(step.state_dict() | {"next_step": 0})
+    else:
+        step.detach()
+        step = attach(model, noise_multiplier=1.0, noise=noise, on_release=heard.append)
+    with pytest.raises(PrivacyError, match="Step 0 would have noise that was drawn before"), step:
+        pass
+    assert len(heard) == 1
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_pitfall_43_a_fork_does_not_draw_the_noise_of_its_parent(monkeypatch):
+    step = attach(nn.Linear(3, 2), noise_multiplier=1.0)
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    with pytest.raises(PrivacyError, match="built in another process"), step:
+        pass
 
 
 def test_pitfall_17_an_exception_discards_the_logical_batch():

@@ -279,7 +279,7 @@ class PrivateStep:
         return {"next_step": self.next_step, "clip_norms": self._work.groups.thresholds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken.
+        """Continue where `state_dict` was taken, under a noise that has not come so far.
 
         Raises:
             PrivacyError: If the step is inside a `with` block, or the groups are not the same.
