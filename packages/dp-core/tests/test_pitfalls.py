@@ -438,12 +438,20 @@ class Statistics(nn.Module):
         seen = x.detach().flatten(0, -2).mean(0)
         if self.how == "in place":
             self.mean.lerp_(seen, 0.1)
+        elif self.how == "through .data":
+            self.mean.data.mul_(0.9).add_(seen, alpha=0.1)
+        elif self.how == "as new .data":
+            self.mean.data = 0.9 * self.mean + 0.1 * seen
+        elif self.how == "from another library":
+            self.mean.numpy()[:] = seen.numpy()
         else:
             self.mean = 0.9 * self.mean + 0.1 * seen
         return x
 
 
-@pytest.mark.parametrize("how", ["in place", "anew"])
+@pytest.mark.parametrize(
+    "how", ["in place", "anew", "through .data", "as new .data", "from another library"]
+)
 @under_every_strategy
 def test_pitfall_55_a_layer_that_keeps_statistics_of_records_is_refused(backward, how):
     model = nn.Sequential(Statistics(how), nn.Linear(3, 3))
@@ -451,6 +459,22 @@ def test_pitfall_55_a_layer_that_keeps_statistics_of_records_is_refused(backward
     with pytest.raises(PrivacyError, match=r"'0.mean' was written inside the logical batch"), step:
         step.backward(square_losses(model, records(backward, 3)))
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_pitfall_55_a_parameter_written_through_its_data_is_refused(trainable, dtype):
+    """As tables of codes are that follow an average of what they stand for."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(300, 70))
+    model[1].to(dtype).requires_grad_(trainable and dtype is not torch.float8_e4m3fn)
+    model[1].weight.data = model[1].weight.data.mT.contiguous().mT  # any layout
+    step = attach(model)
+    with step:
+        step.backward(square_losses(model[0], records("per_sample", 3)))
+    model.zero_grad()
+    with pytest.raises(PrivacyError, match=r"'1.weight' was written inside"), step:
+        step.backward(square_losses(model[0], records("per_sample", 3)))
+        model[1].weight.data.mT.view(torch.uint8).bitwise_not_()
 
 
 @under_every_strategy
