@@ -146,7 +146,7 @@ class GaussianMechanism:
     def _source(self) -> object:
         """What stands for the noise in the list of those drawn."""
         try:
-            ref(self._noise), hash(self._noise)
+            _ = ref(self._noise), hash(self._noise)
         except TypeError:
             return self
         return self._noise

@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NoReturn, Protocol
@@ -47,6 +48,10 @@ class Use(Protocol):
         """Return the samples whose output gradient is neither zero nor 0 · inf, `[B]` bool."""
         ...
 
+    def sq_size(self, b: int) -> Tensor:
+        """Return the squared norm of the output gradient of sample `b`, fp64 scalar."""
+        ...
+
 
 class Pass(Protocol):
     """What one backward pass wants of the layers."""
@@ -70,6 +75,7 @@ class MicroBatch:
         strategy: Name of the backward strategy.
         device: Where the model is.
         sites: The patched modules.
+        watched: Puts something around every pass that looks at what the pass receives.
     """
 
     size: int
@@ -78,6 +84,7 @@ class MicroBatch:
     sites: Sequence[Site]
     running: Pass | None = None
     keeps_graph: bool = False
+    watched: Callable[[Pass], AbstractContextManager[Pass]] = nullcontext
     anchor: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,8 +96,9 @@ class MicroBatch:
     def differentiate(self, loss: Tensor, wanted: Pass, *, keep_graph: bool = False) -> None:
         """Run one backward pass of `loss` whose taps hand over to `wanted`."""
         _ = self.uses
-        self.running, self.keeps_graph = wanted, keep_graph
-        loss.backward(retain_graph=keep_graph)
+        self.keeps_graph = keep_graph
+        with self.watched(wanted) as self.running:
+            loss.backward(retain_graph=keep_graph)
 
     @cached_property
     def uses(self) -> Counter[str]:
@@ -267,12 +275,11 @@ class FactorUse:
 
     def reached(self) -> Tensor:
         """Return the samples whose output gradient is neither zero nor 0 · inf, `[B]` bool."""
-        return reached(self.grad_output)
+        return ((self.grad_output != 0) & self.grad_output.isfinite()).flatten(1).any(1)
 
-
-def reached(grad_output: Tensor) -> Tensor:
-    """Return the samples whose gradient is neither zero nor 0 · inf, `[B]` bool."""
-    return ((grad_output != 0) & grad_output.isfinite()).flatten(1).any(1)
+    def sq_size(self, b: int) -> Tensor:
+        """Return the squared norm of the output gradient of sample `b`, fp64 scalar."""
+        return torch.linalg.vector_norm(self.grad_output[b], dtype=torch.float64).square()
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
