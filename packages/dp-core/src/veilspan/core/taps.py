@@ -20,6 +20,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from veilspan.core import compiled
 from veilspan.core.contributions import Contribution
@@ -216,9 +217,19 @@ class FactorSite(Site):
     """
 
     rule: Rule
+    _own: dict[str, nn.Parameter | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        own = self.module._parameters  # FSDP exchanges those that are split
+        self._own = {name: p for name, p in own.items() if not isinstance(p, DTensor)}
 
     def tapped(self, batch: MicroBatch, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer; its one input is saved as the rule wants it."""
+        """Run the layer; its one input is saved as the rule wants it.
+
+        Raises:
+            PrivacyError: If it has another parameter than its own, or another number of inputs.
+        """
         given = [*args, *kwargs.values()]
         if len(given) != 1:
             raise PrivacyError(
@@ -228,6 +239,7 @@ class FactorSite(Site):
             )
         inputs = self._samples_first(given[0], batch.size)
         if not torch.compiler.is_compiling():
+            self._require_own_parameters()
             return _Tap.apply(self, inputs, batch.anchor)
         with torch.no_grad():
             output = self.forward(inputs)
@@ -246,6 +258,17 @@ class FactorSite(Site):
         if not needs_grad:
             return None
         return grad_input() if callable(grad_input) else grad_input
+
+    def _require_own_parameters(self) -> None:
+        now = self.module._parameters
+        other = next((name for name, p in self._own.items() if now.get(name) is not p), None)
+        if other is not None and torch.is_grad_enabled():
+            raise PrivacyError(
+                f"Module '{self.name}' was called with another '{other}' than its own "
+                "(torch.func.functional_call), but its gradients would be formed with its own. "
+                "Call it under torch.no_grad() where no gradient is wanted, call a copy of the "
+                "model, or use backward='single_sample'."
+            )
 
     def _samples_first(self, inputs: Tensor, size: int) -> Tensor:
         if inputs.ndim >= 2:
@@ -282,10 +305,6 @@ class FactorUse:
         return torch.linalg.vector_norm(self.grad_output[b], dtype=torch.float64).square()
 
 
-def _share_memory(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-
-
 class _Tap(torch.autograd.Function):
     """Forward of the module itself; backward that hands over instead of forming its gradient."""
 
@@ -295,7 +314,8 @@ class _Tap(torch.autograd.Function):
         output = site.forward(inputs)
         ctx.site, ctx.anchor = site, anchor
         ctx.save_for_backward(site.rule.saved_input(inputs, output))
-        own_view = output._is_view() and not _share_memory(output, inputs)
+        memory, given = output.untyped_storage(), inputs.untyped_storage()
+        own_view = output._is_view() and memory.data_ptr() != given.data_ptr()
         return compiled.no_view(output) if own_view else output
 
     @staticmethod
