@@ -6,7 +6,9 @@ A test's number is the row of the table of sharp edges.
 from __future__ import annotations
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -415,6 +417,25 @@ def test_pitfall_40_masks_that_are_drawn_anew_in_the_backward_pass_hide_no_norm(
         return
     alone = total(model, batch_losses, {"x": x.requires_grad_()}, backward)
     assert flat(alone).norm().item() == pytest.approx(1.0, rel=1e-9)
+
+
+GENERATORS = {"random": random.random, "numpy.random": np.random.random_sample}
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_pitfall_40_random_numbers_of_other_generators_are_not_drawn_anew(generator):
+    """Checkpointing keeps the state of torch alone; each pass scaled the branch by a new number."""
+    first, last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def branch(x):
+        return first(x) * GENERATORS[generator]()
+
+    def losses(x):
+        return last(checkpoint(branch, x, use_reentrant=True)).square().flatten(1).sum(1)
+
+    step, x = attach(nn.Sequential(first, last), "two_pass"), torch.randn(1, 3, 4)
+    with pytest.raises(PrivacyError, match="drew random numbers"), step:
+        step.backward(losses(x.requires_grad_()))
 
 
 @pytest.mark.parametrize("accumulate", ["fp32", "exact"])

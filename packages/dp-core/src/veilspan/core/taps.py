@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from veilspan.core import compiled
+from veilspan.core.checks import refuse_other_parameters
 from veilspan.core.contributions import Contribution
 from veilspan.core.errors import PrivacyError
 from veilspan.core.rules.base import Rule
@@ -239,7 +240,7 @@ class FactorSite(Site):
             )
         inputs = self._samples_first(given[0], batch.size)
         if not torch.compiler.is_compiling():
-            self._require_own_parameters()
+            refuse_other_parameters(self.name, self._own, self.module)
             return _Tap.apply(self, inputs, batch.anchor)
         with torch.no_grad():
             output = self.forward(inputs)
@@ -258,17 +259,6 @@ class FactorSite(Site):
         if not needs_grad:
             return None
         return grad_input() if callable(grad_input) else grad_input
-
-    def _require_own_parameters(self) -> None:
-        now = self.module._parameters
-        other = next((name for name, p in self._own.items() if now.get(name) is not p), None)
-        if other is not None and torch.is_grad_enabled():
-            raise PrivacyError(
-                f"Module '{self.name}' was called with another '{other}' than its own "
-                "(torch.func.functional_call), but its gradients would be formed with its own. "
-                "Call it under torch.no_grad() where no gradient is wanted, call a copy of the "
-                "model, or use backward='single_sample'."
-            )
 
     def _samples_first(self, inputs: Tensor, size: int) -> Tensor:
         if inputs.ndim >= 2:
