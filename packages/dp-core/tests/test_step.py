@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -271,6 +272,31 @@ def test_detach_restores_the_model_exactly():
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     with pytest.raises(PrivacyError, match="detached"), step:
         pass
+
+
+@pytest.mark.parametrize("made", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_copy_of_an_attached_model_gets_a_step_of_its_own(made, inside):
+    """The copy takes the patches along, but no step that could undo them."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    step, x = attach(model), torch.randn(2, 3)
+    with step:
+        twin = made(model) if inside else None
+        step.backward(square_losses(model, x))
+    twin = made(model) if twin is None else twin
+    twin.zero_grad()
+    theirs = attach(twin)
+    assert theirs.path_of(twin[0].weight) == "linear"
+    with theirs:
+        theirs.backward(square_losses(twin, x))
+    for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (mine.grad == other.grad).all()
+    model.zero_grad()
+    theirs.detach()
+    assert "forward" not in vars(twin[0])
+    assert not twin._forward_pre_hooks
+    with step:  # the first one is attached as before
+        step.backward(square_losses(model, x))
 
 
 def test_outside_of_a_step_the_model_behaves_as_its_own():

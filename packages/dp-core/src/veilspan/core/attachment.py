@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.distributed.tensor import DTensor
 
-from veilspan.core.compiled import keep_saved_tensors
+from veilspan.core.compiled import keep_saved_tensors, site_of
 from veilspan.core.errors import PrivacyError, UnsupportedModelError
 from veilspan.core.lone import LoneSite
 from veilspan.core.rules import RecordsAlone
@@ -223,6 +223,14 @@ class Attachment:
                 "records one at a time, register_rule(type(that_module), RecordsAlone()); or use "
                 "backward='single_sample'."
             )
+
+
+def detach_copies(model: nn.Module) -> None:
+    """Undo the patches that a deep copy of an attached model took along: no step holds them."""
+    for module in model.modules():
+        site = vars(module).get("forward")
+        if isinstance(site, Site) and site_of(site.number) is not site:
+            site.progress.detach()
 
 
 @dataclass(frozen=True)

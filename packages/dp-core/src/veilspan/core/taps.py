@@ -124,6 +124,10 @@ class Progress(Protocol):
         """Return the micro-batch that a call belongs to; None to pass it through."""
         ...
 
+    def detach(self) -> None:
+        """Undo every patch."""
+        ...
+
 
 @dataclass(kw_only=True)
 class Site(ABC):
