@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from veilspan.core import Flat, PerLayer, PrivacyError, PrivateStep, UnsupportedModelError
@@ -104,6 +105,44 @@ class AroundItsModule(nn.Module):
 
     def forward(self, ids):
         return self.use(self.mix(self.embed(ids)), self.embed.weight)
+
+
+TEACHERS = {
+    "parameters of another": lambda p: p.detach() * 0.5 + 0.1,
+    "a function of its own": lambda p: 2.0 * p,
+}
+
+
+def called_with(teacher):
+    def losses(model, batch):
+        others = {name: TEACHERS[teacher](p) for name, p in model.named_parameters()}
+        return functional_call(model, others, (batch["x"],)).square().flatten(1).sum(1)
+
+    return losses
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+@under_every_tap
+def test_pitfall_08_a_call_with_other_parameters_is_refused(backward, teacher):
+    """Its input gradients would be those of the model's own parameters."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+    step, batch = attach(model, backward), {"x": records(backward, 3)}
+    with pytest.raises(PrivacyError, match="Module '0' was called with another 'weight'"), step:
+        step.backward(called_with(teacher)(model, batch) + batch_losses(model, batch))
+
+
+@under_every_strategy
+def test_pitfall_08_a_teacher_without_gradients_may_have_other_parameters(backward):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    others = {name: 0.5 * p.detach() for name, p in model.named_parameters()}
+
+    def distilled(model, batch):
+        with torch.no_grad():
+            wanted = functional_call(model, others, (batch["x"],))
+        return (model(batch["x"]) - wanted).square().sum(1)
+
+    batch = {"x": torch.randn(5, 3, dtype=torch.float64)}
+    assert_exact(model, distilled, batch, backward)
 
 
 @pytest.mark.parametrize("use", USES)
@@ -438,12 +477,20 @@ class Statistics(nn.Module):
         seen = x.detach().flatten(0, -2).mean(0)
         if self.how == "in place":
             self.mean.lerp_(seen, 0.1)
+        elif self.how == "through .data":
+            self.mean.data.mul_(0.9).add_(seen, alpha=0.1)
+        elif self.how == "as new .data":
+            self.mean.data = 0.9 * self.mean + 0.1 * seen
+        elif self.how == "from another library":
+            self.mean.numpy()[:] = seen.numpy()
         else:
             self.mean = 0.9 * self.mean + 0.1 * seen
         return x
 
 
-@pytest.mark.parametrize("how", ["in place", "anew"])
+@pytest.mark.parametrize(
+    "how", ["in place", "anew", "through .data", "as new .data", "from another library"]
+)
 @under_every_strategy
 def test_pitfall_55_a_layer_that_keeps_statistics_of_records_is_refused(backward, how):
     model = nn.Sequential(Statistics(how), nn.Linear(3, 3))
@@ -451,6 +498,22 @@ def test_pitfall_55_a_layer_that_keeps_statistics_of_records_is_refused(backward
     with pytest.raises(PrivacyError, match=r"'0.mean' was written inside the logical batch"), step:
         step.backward(square_losses(model, records(backward, 3)))
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_pitfall_55_a_parameter_written_through_its_data_is_refused(trainable, dtype):
+    """As tables of codes are that follow an average of what they stand for."""
+    used, codes = nn.Linear(3, 3), nn.Linear(300, 70)
+    codes.to(dtype).requires_grad_(trainable and dtype is not torch.float8_e4m3fn)
+    codes.weight.data = codes.weight.data.mT.contiguous().mT  # any layout
+    step = attach(nn.Sequential(used, codes))
+    with step:
+        step.backward(square_losses(used, records("per_sample", 3)))
+    step.model.zero_grad()
+    with pytest.raises(PrivacyError, match=r"'1.weight' was written inside"), step:
+        step.backward(square_losses(used, records("per_sample", 3)))
+        codes.weight.data.mT.view(torch.uint8).bitwise_not_()
 
 
 @under_every_strategy

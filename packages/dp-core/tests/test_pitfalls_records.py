@@ -6,7 +6,9 @@ A test's number is the row of the table of sharp edges.
 from __future__ import annotations
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -275,6 +277,61 @@ def test_pitfall_37_rows_that_fill_a_micro_batch_hide_no_coupling(backward):
         step.backward(entropies(model, {"ids": ids}), is_record_B)
 
 
+class Rescaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        hidden, ctx.dims = args
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        (grad,) = grad_outputs
+        return grad / torch.linalg.vector_norm(grad, dim=ctx.dims, keepdim=True), None
+
+
+class RescalesGradients(nn.Module):
+    """Scales the gradient of what its first layer returns to norm one, over `dims`."""
+
+    def __init__(self, how, dims, *, alone=False):
+        super().__init__()
+        self.first = nn.MultiheadAttention(6, 2, batch_first=True) if alone else nn.Linear(6, 6)
+        self.last, self.how, self.dims, self.alone = nn.Linear(6, 2), how, dims, alone
+        if how == "module":
+            self.last.register_full_backward_hook(lambda _, grads, __: (self._scale(grads[0]),))
+
+    def _scale(self, grad):
+        return grad / torch.linalg.vector_norm(grad, dim=self.dims, keepdim=True)
+
+    def forward(self, x):
+        hidden = self.first(x, x, x)[0] if self.alone else self.first(x)
+        if self.how == "function":
+            hidden = Rescaled.apply(hidden, self.dims)
+        elif self.how == "tensor" and hidden.requires_grad:
+            hidden.register_hook(self._scale)
+        return self.last(hidden)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["layer", "records alone"])
+@pytest.mark.parametrize("how", ["tensor", "module", "function"])
+@under_every_tap
+def test_pitfall_37_gradients_that_are_scaled_over_the_batch_are_refused(backward, how, alone):
+    """No loss reaches another record, but the gradient of one is scaled by those of others."""
+    model, x = RescalesGradients(how, (0, 1, 2), alone=alone), torch.randn(3, 4, 6)
+    step = attach(model, backward)
+    with pytest.raises(PrivacyError, match="at the output of module 'first' depends"), step:
+        step.backward(square_losses(model, x))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("how", ["tensor", "module", "function"])
+@under_every_tap
+def test_gradients_that_are_scaled_record_by_record_are_exact(backward, how):
+    model = RescalesGradients(how, (1, 2)).double()
+    batch = {"x": torch.randn(5, 4, 6, dtype=torch.float64)}
+    expected = Oracle.of(model, batch_losses, batch, clipping_for(backward)).clipped_sum
+    assert_close(total(model, batch_losses, batch, backward), expected, 1e-10)
+
+
 @pytest.mark.parametrize("backward", ["auto", *STRATEGIES])
 def test_pitfall_37_batch_norm_is_refused_under_every_strategy(backward):
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
@@ -360,6 +417,25 @@ def test_pitfall_40_masks_that_are_drawn_anew_in_the_backward_pass_hide_no_norm(
         return
     alone = total(model, batch_losses, {"x": x.requires_grad_()}, backward)
     assert flat(alone).norm().item() == pytest.approx(1.0, rel=1e-9)
+
+
+GENERATORS = {"random": random.random, "numpy.random": np.random.random_sample}
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_pitfall_40_random_numbers_of_other_generators_are_not_drawn_anew(generator):
+    """Checkpointing keeps the state of torch alone; each pass scaled the branch by a new number."""
+    first, last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def branch(x):
+        return first(x) * GENERATORS[generator]()
+
+    def losses(x):
+        return last(checkpoint(branch, x, use_reentrant=True)).square().flatten(1).sum(1)
+
+    step, x = attach(nn.Sequential(first, last), "two_pass"), torch.randn(1, 3, 4)
+    with pytest.raises(PrivacyError, match="drew random numbers"), step:
+        step.backward(losses(x.requires_grad_()))
 
 
 @pytest.mark.parametrize("accumulate", ["fp32", "exact"])

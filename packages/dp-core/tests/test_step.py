@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -177,6 +179,35 @@ def test_pitfall_43_noise_differs_between_steps_tensors_and_attempts():
     assert correlation.abs().max() < 5 / math.sqrt(draws.shape[1])
 
 
+@pytest.mark.parametrize("how", ["an earlier state", "a copy", "another PrivateStep"])
+def test_pitfall_43_noise_is_drawn_once_for_a_step(how):
+    """The difference of two releases under one noise is that of two clipped sums."""
+    model, noise, heard = nn.Linear(3, 2), GaussianNoise(new_key()), []
+    step = attach(model, noise_multiplier=1.0, noise=noise, on_release=heard.append)
+    shallow = copy.copy(step)
+    with step:
+        pass
+    model.zero_grad()
+    if how == "a copy":
+        step = shallow
+    elif how == "an earlier state":
+        step.load_state_dict(step.state_dict() | {"next_step": 0})
+    else:
+        step.detach()
+        step = attach(model, noise_multiplier=1.0, noise=noise, on_release=heard.append)
+    with pytest.raises(PrivacyError, match="Step 0 would have noise that was drawn before"), step:
+        pass
+    assert len(heard) == 1
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_pitfall_43_a_fork_does_not_draw_the_noise_of_its_parent(monkeypatch):
+    step = attach(nn.Linear(3, 2), noise_multiplier=1.0)
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    with pytest.raises(PrivacyError, match="built in another process"), step:
+        pass
+
+
 def test_pitfall_17_an_exception_discards_the_logical_batch():
     torch.manual_seed(0)
     model, x = nn.Linear(3, 2), torch.randn(3, 3)
@@ -241,6 +272,31 @@ def test_detach_restores_the_model_exactly():
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     with pytest.raises(PrivacyError, match="detached"), step:
         pass
+
+
+@pytest.mark.parametrize("made", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_copy_of_an_attached_model_gets_a_step_of_its_own(made, inside):
+    """The copy takes the patches along, but no step that could undo them."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    step, x = attach(model), torch.randn(2, 3)
+    with step:
+        twin = made(model) if inside else None
+        step.backward(square_losses(model, x))
+    twin = made(model) if twin is None else twin
+    twin.zero_grad()
+    theirs = attach(twin)
+    assert theirs.path_of(twin[0].weight) == "linear"
+    with theirs:
+        theirs.backward(square_losses(twin, x))
+    for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (mine.grad == other.grad).all()
+    model.zero_grad()
+    theirs.detach()
+    assert "forward" not in vars(twin[0])
+    assert not twin._forward_pre_hooks
+    with step:  # the first one is attached as before
+        step.backward(square_losses(model, x))
 
 
 def test_outside_of_a_step_the_model_behaves_as_its_own():

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.distributed.tensor import DTensor
 
-from veilspan.core.compiled import keep_saved_tensors
+from veilspan.core.compiled import keep_saved_tensors, site_of
 from veilspan.core.errors import PrivacyError, UnsupportedModelError
 from veilspan.core.lone import LoneSite
 from veilspan.core.rules import RecordsAlone
 from veilspan.core.survey import OwnedModule, trainable_parameters
 from veilspan.core.taps import FactorSite, MicroBatch, Site
+
+_OF_A_PARAMETER, _OF_A_BUFFER = 2**6, 2**12  # elements, at most, that are compared
 
 
 class Attachment:
@@ -45,7 +49,7 @@ class Attachment:
         self._active = False
         self._decided = False  # the model's own input has told the size of this micro-batch
         self._inference = 0
-        self._before: dict[str, tuple[Tensor, int]] = {}
+        self._before: dict[str, _Mark] = {}
         self.broken = False  # a micro-batch of this logical batch failed half-way
         self._names = {id(p): name for name, p in owned.items()}
         self.sites = [self._patch(module) for module in modules]
@@ -90,7 +94,7 @@ class Attachment:
         """Let forward passes count as micro-batches, or stop it."""
         self._active = active
         if active:
-            self._before, self.broken = _versions(self.model), False
+            self._before, self.broken = _marks(self.model), False
         self.end_micro_batch()
         if self.sites:
             keep_saved_tensors(active)
@@ -191,10 +195,8 @@ class Attachment:
     def _require_nothing_written(self) -> None:
         written = [
             name
-            for name, (tensor, version) in _versions(self.model).items()
-            if name not in self._before
-            or self._before[name][0] is not tensor
-            or self._before[name][1] != version
+            for name, mark in _marks(self.model).items()
+            if name not in self._before or not mark.agrees(self._before[name])
         ]
         if written:
             raise PrivacyError(
@@ -223,15 +225,62 @@ class Attachment:
             )
 
 
-def _versions(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
-    """Return each parameter and saved buffer, with the number of times it was written in place."""
+def detach_copies(model: nn.Module) -> None:
+    """Undo the patches that a deep copy of an attached model took along: no step holds them."""
+    for module in model.modules():
+        site = vars(module).get("forward")
+        if isinstance(site, Site) and site_of(site.number) is not site:
+            site.progress.detach()
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """What tells whether a tensor was written.
+
+    Args:
+        tensor: The tensor.
+        version: How often it was written in place, as autograd counts.
+        sample: Bytes of some elements: what is written through `.data`, nobody counts.
+    """
+
+    tensor: Tensor
+    version: int
+    sample: Tensor | None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Mark:
+        version = 0 if tensor.is_inference() else tensor._version
+        return cls(tensor, version, _sample(tensor))
+
+    def agrees(self, other: _Mark) -> bool:
+        """Return whether nothing was written between the two."""
+        if self.tensor is not other.tensor or self.version != other.version:
+            return False
+        if self.sample is None or other.sample is None:
+            return self.sample is other.sample
+        return torch.equal(self.sample, other.sample)
+
+
+def _sample(tensor: Tensor) -> Tensor | None:
+    """Return the bytes of up to a few thousand elements; None for a format that is not torch's."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    plain = type(local) in (Tensor, nn.Parameter) and local.layout is torch.strided
+    if not plain or local.is_meta or local.is_quantized:
+        return None
+    flat = local.detach().reshape(-1)
+    most = _OF_A_PARAMETER if isinstance(tensor, nn.Parameter) else _OF_A_BUFFER
+    return flat[:: -(-len(flat) // most) or 1].clone().view(torch.uint8)
+
+
+def _marks(model: nn.Module) -> dict[str, _Mark]:
+    """Return a mark of each parameter and saved buffer, by name."""
     caches = {
         f"{path}.{name}".lstrip(".")
         for path, module in model.named_modules()
         for name in module._non_persistent_buffers_set
     }
     held = [*model.named_parameters(), *model.named_buffers()]
-    return {n: (x, 0 if x.is_inference() else x._version) for n, x in held if n not in caches}
+    return {name: _Mark.of(tensor) for name, tensor in held if name not in caches}
 
 
 def _lead_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

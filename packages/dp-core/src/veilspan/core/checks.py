@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import pickle
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -143,6 +146,30 @@ def records_only(losses_B: Tensor, is_record_B: Tensor) -> Tensor:
     return torch.where(is_record_B.to(losses_B.device), losses_B, 0.0)
 
 
+def refuse_other_parameters(
+    name: str, own: Mapping[str, nn.Parameter | None], module: nn.Module
+) -> None:
+    """Refuse to differentiate a module that runs with parameters that are not its own.
+
+    Args:
+        name: Module path.
+        own: Its own parameters.
+        module: The module, as it is called.
+
+    Raises:
+        PrivacyError: If one was exchanged, as `torch.func.functional_call` does.
+    """
+    now = module._parameters
+    other = next((local for local, p in own.items() if now.get(local) is not p), None)
+    if other is not None and torch.is_grad_enabled():
+        raise PrivacyError(
+            f"Module '{name}' was called with another '{other}' than its own "
+            "(torch.func.functional_call), but its gradients would be formed with its own. Call it "
+            "under torch.no_grad() where no gradient is wanted, call a copy of the model, or use "
+            "backward='single_sample'."
+        )
+
+
 def require_agreement(together: SplitModel | None, value: int) -> None:
     """Refuse to go on where ranks that add up clipped sums together do different things.
 
@@ -205,11 +232,12 @@ def nothing_drawn(device: torch.device) -> Iterator[None]:
     """Refuse a backward pass that draws random numbers: the next one would draw others.
 
     Raises:
-        PrivacyError: If the state of torch's own generators has changed.
+        PrivacyError: If the state of a generator that all share has changed: of torch, Python or
+            NumPy.
     """
     before = _generator_states(device)
     yield
-    if not all(map(torch.equal, before, _generator_states(device))):
+    if _generator_states(device) != before:
         raise PrivacyError(
             "The backward pass drew random numbers, so the second pass of backward='two_pass' "
             "would add other gradients than the first one measured. Let activation checkpointing "
@@ -217,8 +245,9 @@ def nothing_drawn(device: torch.device) -> Iterator[None]:
         )
 
 
-def _generator_states(device: torch.device) -> list[Tensor]:
+def _generator_states(device: torch.device) -> list[object]:
     states = [torch.get_rng_state()]
     if device.type != "cpu":
         states.append(torch.get_device_module(device).get_rng_state(device))
-    return states
+    of_numpy = pickle.dumps(np.random.get_state(legacy=False))  # to compare it
+    return [*(state.numpy().tobytes() for state in states), random.getstate(), of_numpy]

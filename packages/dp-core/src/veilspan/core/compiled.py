@@ -29,6 +29,11 @@ def number_of(site: Site) -> int:
     return number
 
 
+def site_of(number: int) -> Site | None:
+    """Return the site that a number names, while there is one."""
+    return _sites.get(number)
+
+
 def keep_saved_tensors(keep: bool) -> None:
     """Let what gets compiled from now on run its backward pass twice, or stop it.
 

@@ -175,12 +175,12 @@ class LoneUse:
     Args:
         site: The module.
         grads: Gradient of each parameter, by name in the model, for each record.
-        reached: Whether a gradient reached the record, `[B]` bool.
+        grad_outputs: Gradient of each output, where there is one, for each record.
     """
 
     site: LoneSite
     grads: list[dict[str, Tensor]]
-    reached_B: Tensor
+    grad_outputs: list[list[Tensor]]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -194,7 +194,15 @@ class LoneUse:
 
     def reached(self) -> Tensor:
         """Return the samples whose output gradient is neither zero nor 0 · inf, `[B]` bool."""
-        return self.reached_B
+        device = next(iter(self.grads[0].values())).device
+        found = [any(((g != 0) & g.isfinite()).any() for g in own) for own in self.grad_outputs]
+        return torch.tensor(found, dtype=torch.bool, device=device)
+
+    def sq_size(self, b: int) -> Tensor:
+        """Return the squared norm of the output gradient of sample `b`, fp64 scalar."""
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in self.grad_outputs[b]]
+        like = next(iter(self.grads[b].values()))
+        return sum((n.square() for n in norms), start=like.new_zeros((), dtype=torch.float64))
 
 
 class _LoneTap(torch.autograd.Function):
@@ -251,21 +259,12 @@ class _LoneTap(torch.autograd.Function):
             grads.append(own)
             if not batch.keeps_graph:
                 graph.inputs, graph.outputs = [], []
-        running.receive(LoneUse(site, grads, _reached(pieces, batch)))
+        arrived = [[g for g in column if g is not None] for column in zip(*pieces, strict=True)]
+        running.receive(LoneUse(site, grads, arrived))
         columns = [list(column) for column in zip(*found, strict=True)]
         back = iter([torch.cat(column) if len(column) > 1 else column[0] for column in columns])
         needed = ctx.needs_input_grad[4:]
         return None, None, None, None, *(next(back) if need else None for need in needed)
-
-
-def _reached(pieces: Sequence[Sequence[Tensor | None]], batch: MicroBatch) -> Tensor:
-    """Return the samples whose output gradient is neither zero nor 0 · inf, `[B]` bool."""
-    reached_B = torch.zeros(batch.size, dtype=torch.bool, device=batch.device)
-    for piece in pieces:
-        for b, grad in enumerate(piece):
-            if grad is not None:
-                reached_B[b] |= ((grad != 0) & grad.isfinite()).any()
-    return reached_B
 
 
 def _is_cut(rule: RecordsAlone, name: str, leaf: object, size: int) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor
 
@@ -14,6 +16,8 @@ from veilspan.core.protocols import NoiseSource
 from veilspan.core.sketch import NormLaw
 
 _COUNTS = "veilspan.counts-within-thresholds"  # has a dash: no parameter is called so
+
+_last_drawn: WeakKeyDictionary[object, int] = WeakKeyDictionary()  # step, by source of noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,10 @@ class GaussianMechanism:
         expected_batch_size: Public constant that divides the noisy sum.
         adaptive: Private quantile that moves the thresholds, if any.
         norms: How norms are estimated, if they are.
+
+    Guarantee:
+        Within a process, a source of noise is asked once for each step, also where several
+        mechanisms have it: the difference of two releases under one noise has none.
     """
 
     def __init__(
@@ -82,9 +90,15 @@ class GaussianMechanism:
         self._expected = expected_batch_size
         self._adaptive = adaptive
         self._norms = norms
+        self._process = os.getpid()
 
     def announce(self, step: int, groups: Groups) -> Release:
-        """Return what step `step` will release under the thresholds of `groups`."""
+        """Return what step `step` will release under the thresholds of `groups`.
+
+        Raises:
+            PrivacyError: If its noise was drawn before.
+        """
+        self._require_new_noise(step)
         adaptive, sigma = self._adaptive, self._sigma
         gradients = adaptive.gradient_noise_multiplier(sigma) if adaptive else sigma
         return Release(
@@ -107,6 +121,7 @@ class GaussianMechanism:
             offset: Flat index of that part in the whole parameter.
         """
         if release.gradient_noise_multiplier:  # without noise the sensitivity may be infinite
+            _last_drawn[self._source] = release.step
             stddev = release.gradient_noise_multiplier * release.sensitivity
             self._noise.add_(total, stddev=stddev, step=release.step, name=name, offset=offset)
         return total.div_(self._expected)
@@ -126,3 +141,29 @@ class GaussianMechanism:
             self._noise.add_(within_M, stddev=stddev, step=release.step, name=_COUNTS, offset=0)
         moved = self._adaptive.moved(groups.clip_norms, within_M, self._expected)
         return replace(groups, clip_norms=moved)
+
+    @property
+    def _source(self) -> object:
+        """What stands for the noise in the list of those drawn."""
+        try:
+            _ = ref(self._noise), hash(self._noise)
+        except TypeError:
+            return self
+        return self._noise
+
+    def _require_new_noise(self, step: int) -> None:
+        if not self._sigma:
+            return
+        if os.getpid() != self._process:
+            raise PrivacyError(
+                "This PrivateStep was built in another process, which would draw the same noise "
+                "(fork). Build it in the process that trains."
+            )
+        last = _last_drawn.get(self._source, -1)
+        if step <= last:
+            raise PrivacyError(
+                f"Step {step} would have noise that was drawn before: this noise has served step "
+                f"{last}, and the difference of two releases under one noise has none. Give every "
+                "PrivateStep a noise of its own, and one that goes back to an earlier state a new "
+                "key: build it again with noise=GaussianNoise(new_key())."
+            )

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from veilspan.core.attachment import Attachment
+from veilspan.core.attachment import Attachment, detach_copies
 from veilspan.core.backward import Workspace, probe, run_micro_batch
 from veilspan.core.checks import (
     check_losses,
@@ -109,8 +109,8 @@ class PrivateStep:
         self.next_step = first_step
         self._model = model
         self._shards, kernel = shards or LocalShards(), kernel or BlockedKernel()
-        self._reduction = reduction or NoReduction()
-        self._on_release = on_release
+        self._reduction, self._on_release = reduction or NoReduction(), on_release
+        detach_copies(model)
         owned = trainable_parameters(model)
         refuse_mixed_gradients(model, owned, self._shards, reduction)
         whole = self._shards.degree == 1 or isinstance(norms, Sketch)
@@ -279,7 +279,7 @@ class PrivateStep:
         return {"next_step": self.next_step, "clip_norms": self._work.groups.thresholds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken.
+        """Continue where `state_dict` was taken, under a noise that has not come so far.
 
         Raises:
             PrivacyError: If the step is inside a `with` block, or the groups are not the same.

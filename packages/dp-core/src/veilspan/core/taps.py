@@ -13,14 +13,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from veilspan.core import compiled
+from veilspan.core.checks import refuse_other_parameters
 from veilspan.core.contributions import Contribution
 from veilspan.core.errors import PrivacyError
 from veilspan.core.rules.base import Rule
@@ -47,6 +50,10 @@ class Use(Protocol):
         """Return the samples whose output gradient is neither zero nor 0 · inf, `[B]` bool."""
         ...
 
+    def sq_size(self, b: int) -> Tensor:
+        """Return the squared norm of the output gradient of sample `b`, fp64 scalar."""
+        ...
+
 
 class Pass(Protocol):
     """What one backward pass wants of the layers."""
@@ -70,6 +77,7 @@ class MicroBatch:
         strategy: Name of the backward strategy.
         device: Where the model is.
         sites: The patched modules.
+        watched: Puts something around every pass that looks at what the pass receives.
     """
 
     size: int
@@ -78,6 +86,7 @@ class MicroBatch:
     sites: Sequence[Site]
     running: Pass | None = None
     keeps_graph: bool = False
+    watched: Callable[[Pass], AbstractContextManager[Pass]] = nullcontext
     anchor: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,8 +98,9 @@ class MicroBatch:
     def differentiate(self, loss: Tensor, wanted: Pass, *, keep_graph: bool = False) -> None:
         """Run one backward pass of `loss` whose taps hand over to `wanted`."""
         _ = self.uses
-        self.running, self.keeps_graph = wanted, keep_graph
-        loss.backward(retain_graph=keep_graph)
+        self.keeps_graph = keep_graph
+        with self.watched(wanted) as self.running:
+            loss.backward(retain_graph=keep_graph)
 
     @cached_property
     def uses(self) -> Counter[str]:
@@ -112,6 +122,10 @@ class Progress(Protocol):
 
     def batch_of(self, inputs: Tensor) -> MicroBatch | None:
         """Return the micro-batch that a call belongs to; None to pass it through."""
+        ...
+
+    def detach(self) -> None:
+        """Undo every patch."""
         ...
 
 
@@ -208,9 +222,19 @@ class FactorSite(Site):
     """
 
     rule: Rule
+    _own: dict[str, nn.Parameter | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        own = self.module._parameters  # FSDP exchanges those that are split
+        self._own = {name: p for name, p in own.items() if not isinstance(p, DTensor)}
 
     def tapped(self, batch: MicroBatch, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer; its one input is saved as the rule wants it."""
+        """Run the layer; its one input is saved as the rule wants it.
+
+        Raises:
+            PrivacyError: If it has another parameter than its own, or another number of inputs.
+        """
         given = [*args, *kwargs.values()]
         if len(given) != 1:
             raise PrivacyError(
@@ -220,6 +244,7 @@ class FactorSite(Site):
             )
         inputs = self._samples_first(given[0], batch.size)
         if not torch.compiler.is_compiling():
+            refuse_other_parameters(self.name, self._own, self.module)
             return _Tap.apply(self, inputs, batch.anchor)
         with torch.no_grad():
             output = self.forward(inputs)
@@ -267,16 +292,11 @@ class FactorUse:
 
     def reached(self) -> Tensor:
         """Return the samples whose output gradient is neither zero nor 0 · inf, `[B]` bool."""
-        return reached(self.grad_output)
+        return ((self.grad_output != 0) & self.grad_output.isfinite()).flatten(1).any(1)
 
-
-def reached(grad_output: Tensor) -> Tensor:
-    """Return the samples whose gradient is neither zero nor 0 · inf, `[B]` bool."""
-    return ((grad_output != 0) & grad_output.isfinite()).flatten(1).any(1)
-
-
-def _share_memory(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    def sq_size(self, b: int) -> Tensor:
+        """Return the squared norm of the output gradient of sample `b`, fp64 scalar."""
+        return torch.linalg.vector_norm(self.grad_output[b], dtype=torch.float64).square()
 
 
 class _Tap(torch.autograd.Function):
@@ -288,7 +308,8 @@ class _Tap(torch.autograd.Function):
         output = site.forward(inputs)
         ctx.site, ctx.anchor = site, anchor
         ctx.save_for_backward(site.rule.saved_input(inputs, output))
-        own_view = output._is_view() and not _share_memory(output, inputs)
+        memory, given = output.untyped_storage(), inputs.untyped_storage()
+        own_view = output._is_view() and memory.data_ptr() != given.data_ptr()
         return compiled.no_view(output) if own_view else output
 
     @staticmethod
