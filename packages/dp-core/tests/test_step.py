@@ -226,6 +226,26 @@ def test_a_release_that_the_ledger_refuses_leaves_no_gradient():
     assert step.next_step == 0
 
 
+def test_pitfall_43_a_step_whose_noise_was_drawn_is_not_released_again():
+    """A state that is taken back brings its step number along: the noise would cancel out."""
+    model = nn.Linear(2, 2)
+    announced = []
+    step = attach(model, noise_multiplier=1.0, on_release=announced.append)
+    state = step.state_dict()
+    with step:
+        pass
+    model.zero_grad()
+    step.load_state_dict(state)
+    with pytest.raises(PrivacyError, match=r"step 0 .* detach"), step:
+        pass
+    assert len(announced) == 1
+    assert model.weight.grad is None
+    step.next_step = 1
+    with step:
+        pass
+    assert [release.step for release in announced] == [0, 1]
+
+
 def test_detach_restores_the_model_exactly():
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
     before = [dict(m.__dict__) for m in model.modules()]

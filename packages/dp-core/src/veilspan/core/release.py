@@ -82,9 +82,21 @@ class GaussianMechanism:
         self._expected = expected_batch_size
         self._adaptive = adaptive
         self._norms = norms
+        self._undrawn = 0  # the first step that had no noise yet
 
     def announce(self, step: int, groups: Groups) -> Release:
-        """Return what step `step` will release under the thresholds of `groups`."""
+        """Return what step `step` will release under the thresholds of `groups`.
+
+        Raises:
+            PrivacyError: If noise of this step was drawn before: in the difference of both releases
+                it would cancel out.
+        """
+        if step < self._undrawn:
+            raise PrivacyError(
+                f"The noise of step {step} was drawn already, and would cancel out between both "
+                "releases. To go back to an earlier model, keep next_step as it is; or detach() "
+                "this PrivateStep and build a new one, whose noise has a key of its own."
+            )
         adaptive, sigma = self._adaptive, self._sigma
         gradients = adaptive.gradient_noise_multiplier(sigma) if adaptive else sigma
         return Release(
@@ -107,6 +119,7 @@ class GaussianMechanism:
             offset: Flat index of that part in the whole parameter.
         """
         if release.gradient_noise_multiplier:  # without noise the sensitivity may be infinite
+            self._undrawn = release.step + 1
             stddev = release.gradient_noise_multiplier * release.sensitivity
             self._noise.add_(total, stddev=stddev, step=release.step, name=name, offset=offset)
         return total.div_(self._expected)

@@ -53,7 +53,7 @@ class PrivateStep:
             free now unless given.
         kernel: Per-sample arithmetic.
         noise: Noise source; a cryptographic stream with a fresh secret key unless given. Replicas
-            need one key.
+            need one key, and no other PrivateStep may have it.
         shards: Who holds the rest of each sample and parameter; by default everything is here.
         reduction: Sum over replicas, once per logical batch.
         on_release: Called with each `Release` before its noise exists; raising prevents it.
@@ -279,7 +279,7 @@ class PrivateStep:
         return {"next_step": self.next_step, "clip_norms": self._work.groups.thresholds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken.
+        """Continue where `state_dict` was taken, in a step that has not released as much itself.
 
         Raises:
             PrivacyError: If the step is inside a `with` block, or the groups are not the same.
