@@ -109,11 +109,13 @@ class PrivateBatch:
     """
 
     def __init__(self, training: PrivateTraining, draw: Draw) -> None:
-        self._training, self._draw, self._taken = training, draw, False
+        self._training, self._draw = training, draw
+        self._open = self._taken = False
 
     def __enter__(self) -> Self:
         self._training.gate.require_budget()
         self._training.step.__enter__()
+        self._open = True
         return self
 
     def __exit__(
@@ -122,14 +124,15 @@ class PrivateBatch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._training._unanswered = 0
+        self._open, self._training._unanswered = False, 0
         self._training.step.__exit__(kind, error, trace)
 
     def microbatches(self) -> Iterator[Any]:
         """Yield the drawn records, collated, a micro-batch at a time; nothing for an empty draw.
 
         Raises:
-            PrivacyError: If asked a second time: every record would count twice.
+            PrivacyError: If asked a second time: every record would count twice; or outside of this
+                batch's `with batch:`, where a record of two draws would count twice in one.
         """
         if self._taken:
             raise PrivacyError(
@@ -139,6 +142,11 @@ class PrivateBatch:
         self._taken = True
         training = self._training
         for rows in self._draw.microbatches(training.microbatch.size):
+            if not self._open:
+                raise PrivacyError(
+                    f"batch.microbatches() of step {self._draw.step} was read outside of its `with "
+                    "batch:`. Work on the records of a batch inside of its own block."
+                )
             records = [training.dataset[int(row)] for row in rows]
             training._unanswered = len(records)
             yield training.collate(records)
