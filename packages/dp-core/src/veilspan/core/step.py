@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from veilspan.core.attachment import Attachment
+from veilspan.core.attachment import CLEAR_GRADIENTS, Attachment
 from veilspan.core.backward import Workspace, probe, run_micro_batch
 from veilspan.core.checks import (
     check_losses,
@@ -155,7 +155,7 @@ class PrivateStep:
         if self._entered:
             raise PrivacyError("This PrivateStep is already inside a `with` block; leave it first.")
         self._attachment.require_same_parameters()
-        self._attachment.require_no_gradients("before the logical batch", "optimizer.zero_grad()")
+        self._attachment.require_no_gradients("before the logical batch", CLEAR_GRADIENTS)
         self._entered = True
         self._begin()
         return self
