@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -46,10 +46,11 @@ class PrivateTraining:
     step: PrivateStep
     gate: ReleaseGate
     microbatch: Microbatch
-    dataset: Records
+    dataset: Records = field(repr=False)  # a list would show every record
     collate: Callable[[list[Any]], Any]
-    key: bytes
-    _unanswered: int = 0  # records of the micro-batch whose losses have not come yet
+    key: bytes = field(repr=False)
+    # Records of the micro-batch whose losses have not come yet.
+    _unanswered: int = field(default=0, repr=False)
 
     def batches(self) -> Iterator[PrivateBatch]:
         """Yield the logical batches that remain, empty ones included; none once all are released.
