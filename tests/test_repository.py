@@ -258,6 +258,15 @@ def test_every_declared_dependency_is_pinned_within_its_range(name: str) -> None
     assert outside == []
 
 
+@per_package
+def test_a_package_that_hands_tensors_to_numpy_declares_it(name: str) -> None:
+    """PyTorch works without NumPy, until a tensor is to become an array."""
+    sources = "".join(path.read_text() for path in (PACKAGES[name] / "src").rglob("*.py"))
+    needs = re.search(r"^\s*(import|from) numpy|\.numpy\(|from_numpy\(", sources, re.M)
+    declared = {Requirement(entry).name for entry in project(name)["dependencies"]}
+    assert not needs or "numpy" in declared
+
+
 def _admits(entry: str, allowed: dict[str, str]) -> bool:
     requirement = Requirement(entry)
     if requirement.name.startswith("veilspan-"):

@@ -217,6 +217,29 @@ def test_pitfall_16_no_record_counts_twice(setting: Setting) -> None:
         private.backward(setting.losses_B(records))
 
 
+def test_pitfall_16_records_of_a_batch_are_read_in_its_own_block_only(setting: Setting) -> None:
+    """Two draws in one release would count a record that is in both twice."""
+    private = setting.make()
+    batches = private.batches()
+    first = next(batches)
+    with first:
+        pass
+    setting.optimizer.zero_grad()
+    with pytest.raises(PrivacyError, match="outside of its `with batch:`"), next(batches):
+        list(first.microbatches())
+    assert private.ledger.releases == 1
+
+
+def test_a_run_that_is_printed_shows_neither_key_nor_records(setting: Setting) -> None:
+    key = new_key()
+    private = setting.make(key=key)
+    private.dataset = ["a private record"]
+    shown = repr(private)
+    assert repr(key) not in shown
+    assert "a private record" not in shown
+    assert repr(private.plan) in shown
+
+
 def test_losses_of_another_number_of_records_are_refused(setting: Setting) -> None:
     private = setting.make(sampling_probability=1.0, expected_batch_size=None, microbatch_size=30)
     _, records = _first_with(private, 30)

@@ -231,6 +231,16 @@ def test_pitfall_57_the_accountant_of_opacus_refuses_estimated_norms():
     assert model.weight.grad is None
 
 
+@pytest.mark.parametrize("mode", ["GradSampleModule", "GradSampleModuleFastGradientClipping"])
+def test_a_model_that_opacus_still_holds_is_refused_by_a_private_step(mode):
+    """Its hooks failed inside of the first micro-batch, with an error of their own."""
+    wrapped = getattr(grad_sample, mode)(nn.Linear(3, 3))
+    options = {"clipping": Flat(clip_norm=1.0), "noise_multiplier": 1.0, "expected_batch_size": 4}
+    with pytest.raises(UnsupportedModelError, match=f"{mode}.*to_standard_module"):
+        PrivateStep(wrapped, **options)
+    PrivateStep(wrapped.to_standard_module(), **options).detach()
+
+
 def test_the_accountant_of_a_privacy_engine_is_that_of_its_own_training():
     engine, parts = private_parts(Classifier(), noise_multiplier=1.0)
     module, optimizer, criterion, loader = parts

@@ -397,6 +397,9 @@ def test_pitfall_41_a_gradient_from_elsewhere_is_refused(backward):
         step.backward(square_losses(model, records(backward, 3)))
     with pytest.raises(PrivacyError, match="zero_grad"), step:
         pass
+    model.zero_grad(set_to_none=False)
+    with pytest.raises(PrivacyError, match="set_to_none=True"), step:
+        pass
     model.zero_grad()
     with pytest.raises(PrivacyError, match=r"step\.backward"), step:
         model.weight.grad = torch.zeros_like(model.weight)

@@ -151,6 +151,11 @@ def test_a_draw_is_sorted_without_repetition_and_in_range(num_records, probabili
     assert all(0 <= r < num_records for r in draw.records[[0, -1]]) if len(draw) else True
 
 
+def test_a_draw_that_is_printed_shows_no_record():
+    draw = Draw(step=7, records=np.array([3, 12345], dtype=np.int64))
+    assert repr(draw) == "Draw(step=7)"
+
+
 def test_pitfall_03_a_draw_depends_on_key_and_step_alone():
     one_run = draws(5000, 0.01, 12)
     for first in (0, 1, 7, 12):

@@ -199,6 +199,10 @@ def test_pitfall_43_noise_is_drawn_once_for_a_step(how):
         pass
     assert len(heard) == 1
     assert all(parameter.grad is None for parameter in model.parameters())
+    step.next_step = 1  # an earlier state, with noise that is new
+    with step:
+        pass
+    assert [release.step for release in heard] == [0, 1]
 
 
 def test_pitfall_43_a_fork_does_not_draw_the_noise_of_its_parent(monkeypatch):

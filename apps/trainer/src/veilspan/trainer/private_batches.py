@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -46,10 +46,11 @@ class PrivateTraining:
     step: PrivateStep
     gate: ReleaseGate
     microbatch: Microbatch
-    dataset: Records
+    dataset: Records = field(repr=False)  # a list would show every record
     collate: Callable[[list[Any]], Any]
-    key: bytes
-    _unanswered: int = 0  # records of the micro-batch whose losses have not come yet
+    key: bytes = field(repr=False)
+    # Records of the micro-batch whose losses have not come yet.
+    _unanswered: int = field(default=0, repr=False)
 
     def batches(self) -> Iterator[PrivateBatch]:
         """Yield the logical batches that remain, empty ones included; none once all are released.
@@ -109,11 +110,13 @@ class PrivateBatch:
     """
 
     def __init__(self, training: PrivateTraining, draw: Draw) -> None:
-        self._training, self._draw, self._taken = training, draw, False
+        self._training, self._draw = training, draw
+        self._open = self._taken = False
 
     def __enter__(self) -> Self:
         self._training.gate.require_budget()
         self._training.step.__enter__()
+        self._open = True
         return self
 
     def __exit__(
@@ -122,14 +125,15 @@ class PrivateBatch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._training._unanswered = 0
+        self._open, self._training._unanswered = False, 0
         self._training.step.__exit__(kind, error, trace)
 
     def microbatches(self) -> Iterator[Any]:
         """Yield the drawn records, collated, a micro-batch at a time; nothing for an empty draw.
 
         Raises:
-            PrivacyError: If asked a second time: every record would count twice.
+            PrivacyError: If asked a second time: every record would count twice; or outside of this
+                batch's `with batch:`, where a record of two draws would count twice in one.
         """
         if self._taken:
             raise PrivacyError(
@@ -139,6 +143,11 @@ class PrivateBatch:
         self._taken = True
         training = self._training
         for rows in self._draw.microbatches(training.microbatch.size):
+            if not self._open:
+                raise PrivacyError(
+                    f"batch.microbatches() of step {self._draw.step} was read outside of its `with "
+                    "batch:`. Work on the records of a batch inside of its own block."
+                )
             records = [training.dataset[int(row)] for row in rows]
             training._unanswered = len(records)
             yield training.collate(records)

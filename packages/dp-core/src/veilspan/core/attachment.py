@@ -19,6 +19,10 @@ from veilspan.core.survey import OwnedModule, trainable_parameters
 from veilspan.core.taps import FactorSite, MicroBatch, Site
 
 _OF_A_PARAMETER, _OF_A_BUFFER = 2**6, 2**12  # elements, at most, that are compared
+CLEAR_GRADIENTS = (
+    "It is left of an earlier release or of another backward pass. Call optimizer.zero_grad() with "
+    "set_to_none=True, its default: zeros are a .grad too."
+)
 
 
 class Attachment:
@@ -163,7 +167,7 @@ class Attachment:
             )
 
     def require_no_gradients(self, when: str, way_out: str) -> None:
-        """Refuse a `.grad` that the step did not make.
+        """Refuse a `.grad` that would join the private gradient.
 
         Raises:
             PrivacyError: Naming a parameter that holds one.
@@ -171,8 +175,8 @@ class Attachment:
         stale = [name for name, p in self.owned.items() if p.grad is not None]
         if stale:
             raise PrivacyError(
-                f"Parameter '{stale[0]}' holds a .grad {when} that this step did not make; it "
-                f"would be added to the private gradient. Use {way_out} and no other backward."
+                f"Parameter '{stale[0]}' holds a .grad {when}, which would be added to the private "
+                f"gradient. {way_out}"
             )
 
     def require_whole_batch(self) -> None:
@@ -189,7 +193,9 @@ class Attachment:
                 "Let the error leave the `with` block, and run the batch again in a new one."
             )
         self.require_same_parameters()
-        self.require_no_gradients("inside the logical batch", "step.backward(losses_B)")
+        self.require_no_gradients(
+            "inside the logical batch", "Use step.backward(losses_B) and no other backward."
+        )
         self._require_nothing_written()
 
     def _require_nothing_written(self) -> None:

@@ -65,8 +65,8 @@ def refuse_mixed_gradients(
 
     Raises:
         ValueError: If there are ranks with other records, and nothing adds up their sums or counts.
-        UnsupportedModelError: Naming a wrapper that averages over ranks, or a parameter that is
-            split while each rank has whole sequences.
+        UnsupportedModelError: Naming a wrapper that averages over ranks or has hooks of its own, or
+            a parameter that is split while each rank has whole sequences.
     """
     if split_by_record(shards) and reduction is None:
         raise ValueError(
@@ -85,6 +85,12 @@ def refuse_mixed_gradients(
                 f"Module '{name}' is {type(module).__name__}, which averages the gradients of "
                 "different records over ranks before they are clipped. Pass the bare model and "
                 "reduction=, such as veilspan.parallel.ReplicaReduction(mesh)."
+            )
+        if type(module).__module__.startswith("opacus.grad_sample"):
+            raise UnsupportedModelError(
+                f"Module '{name}' is {type(module).__name__} of Opacus, whose hooks take part in "
+                "every backward pass. Pass the model itself, as .to_standard_module() gives it "
+                "back, and the optimizer itself, without DPOptimizer."
             )
     for name, parameter in parameters.items():
         held = shards.local(parameter.detach()).shape  # refuses what it cannot place

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 
 from torch import nn
 
@@ -26,7 +25,7 @@ from veilspan.core.groups import Groups
 from veilspan.core.measures import Measure
 from veilspan.core.model_shape import shape_of
 from veilspan.core.protocols import NormKernel, SequenceShards, SplitModel, split_by_record
-from veilspan.core.rates import DeviceRates, product_dtype, usable_bytes
+from veilspan.core.rates import DeviceRates, RatesWhenNeeded, usable_bytes
 from veilspan.core.rules import RecordsAlone
 from veilspan.core.sketch import Sketch
 from veilspan.core.survey import OwnedModule
@@ -290,11 +289,6 @@ def plan_for(
     sketch = wishes.norms if isinstance(wishes.norms, Sketch) else None
     largest = max(model.parameters(), key=nn.Parameter.numel)
     device, given = largest.device, wishes.memory_budget
-
-    @cache
-    def rates() -> DeviceRates:  # when first asked for: the caller's autocast is at work by then
-        return DeviceRates.of(device, product_dtype(device, largest.dtype), kernel)
-
     return StrategyPlan(
         backward=wishes.backward,
         norms=wishes.norms,
@@ -303,7 +297,7 @@ def plan_for(
         split=split_by_record(shards),
         in_parts=isinstance(shards, SplitModel),
         shape=shape_of(model, modules, groups, sketch),
-        rates=rates,
+        rates=RatesWhenNeeded(device=device, dtype=largest.dtype, kernel=kernel),
         memory=usable_bytes(device) if given is None else given,
         memory_is_given=given is not None,
     )

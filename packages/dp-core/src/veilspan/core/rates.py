@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -66,7 +66,7 @@ class DeviceRates:
 
         Args:
             device: Where the model is.
-            dtype: Of the model's products; see `product_dtype`.
+            dtype: Of the model's products.
             kernel: What forms norms and clipped sums.
             cache: File of measured rates; None measures anew and writes nothing.
         """
@@ -81,10 +81,31 @@ class DeviceRates:
         return cls(**known[key], free_bytes=free, weight_passes=9.0, store_passes=2.0)
 
 
-def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which weights of `dtype` are multiplied here and now: autocast's."""
-    lowered = dtype == torch.float32 and torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if lowered else dtype
+@dataclass(kw_only=True)
+class RatesWhenNeeded:
+    """The rates of a device for one model, taken when first asked for.
+
+    By then the caller's autocast is at work, and says in which dtype weights are multiplied.
+
+    Args:
+        device: Where the model is.
+        dtype: Of its weights.
+        kernel: What forms norms and clipped sums.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    kernel: NormKernel
+    _known: DeviceRates | None = field(init=False, repr=False, default=None)
+
+    def __call__(self) -> DeviceRates:
+        """Return the rates."""
+        if self._known is None:
+            kind, dtype = self.device.type, self.dtype
+            if dtype == torch.float32 and torch.is_autocast_enabled(kind):
+                dtype = torch.get_autocast_dtype(kind)
+            self._known = DeviceRates.of(self.device, dtype, self.kernel)
+        return self._known
 
 
 def _key(device: torch.device, dtype: torch.dtype, kernel: NormKernel) -> str:

@@ -164,6 +164,6 @@ class GaussianMechanism:
             raise PrivacyError(
                 f"Step {step} would have noise that was drawn before: this noise has served step "
                 f"{last}, and the difference of two releases under one noise has none. Give every "
-                "PrivateStep a noise of its own, and one that goes back to an earlier state a new "
-                "key: build it again with noise=GaussianNoise(new_key())."
+                "PrivateStep a noise of its own; to go back to an earlier state, keep next_step as "
+                "it was, or build the step again with noise=GaussianNoise(new_key())."
             )

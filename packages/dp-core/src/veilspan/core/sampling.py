@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import final
@@ -34,7 +34,7 @@ class Draw:
     """
 
     step: int
-    records: NDArray[np.int64]
+    records: NDArray[np.int64] = field(repr=False)  # who takes part is secret
 
     def __post_init__(self) -> None:
         check_count("step", self.step, least=0)

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from veilspan.core.attachment import Attachment, detach_copies
+from veilspan.core.attachment import CLEAR_GRADIENTS, Attachment, detach_copies
 from veilspan.core.backward import Workspace, probe, run_micro_batch
 from veilspan.core.checks import (
     check_losses,
@@ -53,7 +53,7 @@ class PrivateStep:
             free now unless given.
         kernel: Per-sample arithmetic.
         noise: Noise source; a cryptographic stream with a fresh secret key unless given. Replicas
-            need one key.
+            need one key, and no other PrivateStep may have it.
         shards: Who holds the rest of each sample and parameter; by default everything is here.
         reduction: Sum over replicas, once per logical batch.
         on_release: Called with each `Release` before its noise exists; raising prevents it.
@@ -155,7 +155,7 @@ class PrivateStep:
         if self._entered:
             raise PrivacyError("This PrivateStep is already inside a `with` block; leave it first.")
         self._attachment.require_same_parameters()
-        self._attachment.require_no_gradients("before the logical batch", "optimizer.zero_grad()")
+        self._attachment.require_no_gradients("before the logical batch", CLEAR_GRADIENTS)
         self._entered = True
         self._begin()
         return self

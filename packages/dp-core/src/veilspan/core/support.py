@@ -59,6 +59,7 @@ def preflight(step: PrivateStep, compute_losses: ComputeLosses, batch: Batch) ->
     Raises:
         PrivacyError: If a loss depends on the other record, in its value or in its gradient, if a
             parameter is used outside of its module, or if the losses are not one per record.
+        ValueError: If the batch does not hold exactly two records.
 
     Guarantee:
         None by itself: two records cannot prove that no pair ever couples. It catches batch
