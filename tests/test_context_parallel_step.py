@@ -160,6 +160,13 @@ def test_experts_that_only_some_ranks_reach_get_their_own_gradients(found, mesh)
     assert all(report["routed"] <= 1e-10 for report in found[mesh])
 
 
+@on_every_mesh
+def test_gradients_are_summed_record_by_record_whatever_fsdp_was_told(found, mesh):
+    for report in found[mesh]:
+        assert report["settings of others"]["error"] <= 1e-10
+        assert report["settings of others"]["restored"]
+
+
 @pytest.mark.parametrize("mesh", ["2x1", "2x2"])
 def test_pitfall_35_a_model_split_over_ranks_with_other_records_is_refused(found, mesh):
     for report in found[mesh]:

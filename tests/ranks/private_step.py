@@ -253,6 +253,33 @@ def routed(mesh: ParallelMesh) -> float:
     return relative(whole(step), expected)
 
 
+def settings_of_others(mesh: ParallelMesh) -> dict[str, Any]:
+    """FSDP2 as its user left it: means over ranks, and no reduction but of the last gradient."""
+    layout = Layout(length=LENGTH, ranks=mesh.context_degree)
+    model = llama(torch.float64, register_attention())
+    split = [*model.model.layers, model] if mesh.context_degree > 1 else []
+    for module in split:
+        fully_shard(module, mesh=mesh.context_mesh)
+    wide = Flat(clip_norm=1e6)  # a mean would be clipped to the same length
+    step = private_step(model, mesh, clipping=wide)
+    records = [0, 1, 4]
+    with step, context_parallel(mesh, layout):
+        for record in records if mesh.replicate_rank == 0 else ():
+            for module in split:
+                module.set_requires_gradient_sync(record == records[-1])
+            step.backward(losses_of(model, mesh, layout, record))
+    groups = [module._get_fsdp_state()._fsdp_param_group for module in split]
+    return {
+        "error": relative(whole(step), oracle(False, records, wide)),
+        "restored": all(
+            group.gradient_divide_factor is None
+            and not group.force_sum_reduction_for_comms
+            and not getattr(group, "reduce_scatter_unused_params", False)
+            for group in groups
+        ),
+    }
+
+
 def refusals(mesh: ParallelMesh) -> dict[str, str]:
     """What must not get as far as a step: a model nobody sharded, replicas that would part."""
     model = shard_model(Wide(), mesh)
@@ -301,6 +328,7 @@ def body(arguments: list[str]) -> dict[str, Any]:
             "twenty steps": twenty_steps(mesh),
             "empty draws": empty_draws(mesh),
             "routed": routed(mesh),
+            "settings of others": settings_of_others(mesh),
             "refusals": refusals(mesh),
             "split over replicas": split_over_replicas(mesh) if replicate > 1 else [],
         }
