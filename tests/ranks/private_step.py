@@ -32,7 +32,10 @@ from veilspan.core import (
     GaussianNoise,
     PerBlock,
     PerLayer,
+    PrivacyError,
     PrivateQuantile,
+    Release,
+    new_key,
     poisson_batches,
 )
 from veilspan.parallel import (
@@ -290,10 +293,45 @@ def refusals(mesh: ParallelMesh) -> dict[str, str]:
     }
 
 
+def parted(mesh: ParallelMesh) -> dict[str, str]:
+    """What is said where ranks are about to release different things; the ledger must not hear."""
+    released: list[Release] = []
+    other: dict[str, dict[str, Any]] = {
+        "the key of noise": {"noise": GaussianNoise(new_key())},
+        "noise_multiplier": {"noise_multiplier": 1.0 + mesh.rank},
+        "the thresholds of clipping": {"clipping": Flat(clip_norm=1.0 + mesh.rank)},
+        "the step": {"first_step": mesh.rank},
+        "expected_batch_size": {"expected_batch_size": 1.0 + mesh.rank},
+    }
+    found = {}
+    for name, options in other.items():
+        common = {"noise_multiplier": 1.0, "noise": GaussianNoise(KEY)}
+        model = shard_model(nn.Sequential(nn.ModuleList([nn.Linear(8, 4)])), mesh)
+        step = private_step(model, mesh, on_release=released.append, **{**common, **options})
+        found[name] = said(step.__enter__) + said(lambda step=step: step.__exit__(None, None, None))
+    return {**found, "released": str(len(released))}
+
+
+def own_thresholds(mesh: ParallelMesh) -> list[float]:
+    """Adaptive thresholds of ranks that were given neither a key nor replicas."""
+    if mesh.replicate_degree > 1:
+        return []
+    step = private_step(
+        shard_model(Wide(), mesh),
+        mesh,
+        clipping=PerLayer(clip_norm=CLIP_NORM, adaptive=PrivateQuantile()),
+        noise_multiplier=1.0,
+        reduction=None,
+    )
+    with step:
+        pass
+    return list(step.state_dict()["clip_norms"].values())
+
+
 def said(call: Callable[[], Any]) -> str:
     try:
         call()
-    except ValueError as error:
+    except (ValueError, PrivacyError) as error:
         return str(error)
     return "nothing was raised"
 
@@ -330,6 +368,8 @@ def body(arguments: list[str]) -> dict[str, Any]:
             "routed": routed(mesh),
             "settings of others": settings_of_others(mesh),
             "refusals": refusals(mesh),
+            "parted": parted(mesh),
+            "own thresholds": own_thresholds(mesh),
             "split over replicas": split_over_replicas(mesh) if replicate > 1 else [],
         }
     return found
