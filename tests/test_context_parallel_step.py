@@ -175,6 +175,15 @@ def test_experts_that_only_some_ranks_reach_get_their_own_gradients(found, mesh)
     assert all(report["routed"] <= 1e-10 for report in found[mesh])
 
 
+@pytest.mark.skipif(
+    not hasattr(FSDPModule, "reset_iter_state"), reason="this torch cannot begin a pass again"
+)
+@on_every_mesh
+def test_pitfall_17_nothing_is_left_of_a_pass_that_failed_on_all_ranks(found, mesh):
+    for report in found[mesh]:
+        assert max(report["after errors"].values()) <= 1e-10
+
+
 @on_every_mesh
 def test_gradients_are_summed_record_by_record_whatever_fsdp_was_told(found, mesh):
     for report in found[mesh]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import math
@@ -293,6 +294,38 @@ def refusals(mesh: ParallelMesh) -> dict[str, str]:
     }
 
 
+class Failing(torch.autograd.Function):
+    """Fails in one of the passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, where: str) -> Tensor:
+        if where == "forward":
+            raise ArithmeticError(where)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise ArithmeticError("backward")
+
+
+def after_errors(mesh: ParallelMesh) -> dict[str, float]:
+    """Relative error of the batch after one that failed half-way through a pass, on all ranks."""
+    layout, found = Layout(length=LENGTH, ranks=mesh.context_degree), {}
+    for where in ("forward", "backward"):
+        step = private_step(shard_model(llama(torch.float64, register_attention()), mesh), mesh)
+
+        def fail(_: Any, __: Any, output: Any, where: str = where) -> Any:
+            return (Failing.apply(output[0], where), *output[1:])
+
+        handle = step.model.model.layers[0].self_attn.register_forward_hook(fail)
+        with contextlib.suppress(ArithmeticError):
+            add_records(step, mesh, layout, [1])
+        handle.remove()
+        add_records(step, mesh, layout, [0] if mesh.replicate_rank == 0 else [])
+        found[where] = relative(whole(step), oracle(False, [0]))
+    return found
+
+
 def parted(mesh: ParallelMesh) -> dict[str, str]:
     """What is said where ranks are about to release different things; the ledger must not hear."""
     released: list[Release] = []
@@ -369,6 +402,7 @@ def body(arguments: list[str]) -> dict[str, Any]:
             "settings of others": settings_of_others(mesh),
             "refusals": refusals(mesh),
             "parted": parted(mesh),
+            "after errors": after_errors(mesh),
             "own thresholds": own_thresholds(mesh),
             "split over replicas": split_over_replicas(mesh) if replicate > 1 else [],
         }

@@ -1,12 +1,12 @@
-"""FSDP2 under a private step: plain sums over the ranks of a sequence, one record at a time."""
+"""FSDP2 under a private step: plain sums of one record, and nothing that outlives its pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 _PLAIN_SUMS: dict[str, object] = {
@@ -43,6 +43,38 @@ def plain_sums(model: nn.Module, degree: int) -> Iterator[None]:
         for group, settings in before:
             for name, value in settings.items():
                 setattr(group, name, value)
+
+
+def show_shards(model: nn.Module) -> None:
+    """Let go of what was gathered, so that the model shows the parameters that are trained."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def forget_pass(model: nn.Module, owned: Iterable[Tensor]) -> None:
+    """Forget a pass that an error may have stopped half-way, and all gradients.
+
+    Args:
+        model: The model.
+        owned: Trainable parameters as the optimizer sees them.
+    """
+    # Those that are gathered too: the next backward pass would add its record's gradient to them.
+    for parameter in (*owned, *(p for p in model.parameters() if p.requires_grad)):
+        parameter.grad = None
+    for root in _roots(model):
+        begun = root._get_fsdp_state()._is_root is not None
+        if begun and hasattr(root, "reset_iter_state"):  # torch 2.13
+            root.reset_iter_state()
+
+
+def _roots(module: nn.Module) -> Iterator[FSDPModule]:
+    """Yield the outermost modules that FSDP2 splits."""
+    if isinstance(module, FSDPModule):
+        yield module
+        return
+    for child in module.children():
+        yield from _roots(child)
 
 
 def _groups(model: nn.Module) -> Iterator[Any]:

@@ -23,6 +23,7 @@ from veilspan.core.checks import (
 )
 from veilspan.core.errors import PrivacyError
 from veilspan.core.explain import explain
+from veilspan.core.fsdp import forget_pass
 from veilspan.core.groups import Clipping
 from veilspan.core.norms import BlockedKernel
 from veilspan.core.plan import Wishes, plan_for
@@ -316,5 +317,4 @@ class PrivateStep:
 
     def _discard(self) -> None:
         self._work.sums.discard()
-        for parameter in self._attachment.owned.values():
-            parameter.grad = None
+        forget_pass(self._model, self._attachment.owned.values())
