@@ -165,6 +165,30 @@ def keep_float64() -> None:
     Tensor.float = lambda self: wide_to(self, torch.float32)
 
 
+def local_views(mesh: ParallelMesh) -> dict[str, str]:
+    """What is said where a rank would take its part for a whole sequence."""
+    layout = Layout(length=16 * mesh.context_degree, ranks=mesh.context_degree)
+    model = shard_model(build("llama", register_attention()), mesh)
+    part = shard_batch(*records(layout.length), layout, mesh.context_rank)
+    right = {"input_ids": part.input_ids, "position_ids": part.position_ids}
+
+    def said(**inputs: Tensor) -> str:
+        try:
+            model(**inputs)
+        except ValueError as error:
+            return str(error)
+        return "nothing was raised"
+
+    found = {"outside": said(**right)}
+    with torch.no_grad():
+        found["evaluation"] = said(input_ids=records(layout.length)[0])
+    with context_parallel(mesh, layout):
+        found["positions"] = said(input_ids=part.input_ids)
+        found["labels"] = said(**right, labels=part.labels)
+        found["right"] = said(**right)
+    return found
+
+
 def controls(mesh: ParallelMesh, expected_B: Tensor) -> dict[str, float]:
     """Relative error of the losses when one thing is done wrong; it must be seen."""
     layout = Layout(length=16 * mesh.context_degree, ranks=mesh.context_degree, kind="zigzag")
