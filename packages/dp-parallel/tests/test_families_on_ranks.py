@@ -51,6 +51,12 @@ def test_a_part_taken_for_a_whole_sequence_is_refused(reports, ranks):
         assert said["evaluation"] == said["right"] == "nothing was raised"
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_parameters_are_gathered_as_often_as_fsdp_alone_would(reports, ranks):
+    """Each of two blocks for either pass, the embedding and head once for both."""
+    assert {report["gathers"] for report in reports[ranks]} == {5}
+
+
 def test_every_family_called_tested_is_tested():
     named = {family.split()[0] for family in FAMILIES} - {"gemma3"} | {"gemma3_text"}
     assert named == set(TESTED_MODEL_TYPES)

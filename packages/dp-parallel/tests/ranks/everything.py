@@ -20,7 +20,7 @@ def body(arguments: list[str]) -> dict[str, Any]:
     # Families first: they make fp64 models stay in fp64 for those that follow.
     found["families"] = families.body(chosen)
     mesh = build_mesh(context=dist.get_world_size())
-    found["local views"] = families.local_views(mesh)
+    found["local views"], found["gathers"] = families.local_views(mesh), families.gathers(mesh)
     return {**found, "adapters": adapters.body()}
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from veilspan.parallel import (
     ContextShards,
@@ -187,6 +188,16 @@ def local_views(mesh: ParallelMesh) -> dict[str, str]:
         found["labels"] = said(**right, labels=part.labels)
         found["right"] = said(**right)
     return found
+
+
+def gathers(mesh: ParallelMesh) -> int:
+    """How often parameters are gathered in one forward and backward pass."""
+    layout = Layout(length=16 * mesh.context_degree, ranks=mesh.context_degree)
+    model = shard_model(build("llama", register_attention()), mesh)
+    part = shard_batch(*records(layout.length), layout, mesh.context_rank)
+    with context_parallel(mesh, layout, "ulysses"), CommDebugMode() as seen:
+        model(input_ids=part.input_ids, position_ids=part.position_ids).logits.sum().backward()
+    return seen.get_comm_counts()[torch.ops.c10d._allgather_base_]
 
 
 def controls(mesh: ParallelMesh, expected_B: Tensor) -> dict[str, float]:

@@ -159,14 +159,21 @@ def _split(
     )
     # Embedding and head stay together in the root group: tied weights must not be split apart.
     for module in (*blocks, model):
-        # The root too frees what it gathered: between passes the model always shows its shards,
-        # also after an evaluation or a forward pass that no backward pass follows.
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        # The backward pass begins with the head, which need not be freed before and gathered again.
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=module is not model)
+    # A forward pass that no backward pass follows must leave nothing gathered for later ones.
+    model.register_forward_pre_hook(lambda *_: _let_go(model), prepend=True)
+    model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else _let_go(model))
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             # gloo has no pre-multiplied sum, and NCCL's has had rounding faults.
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _let_go(root: nn.Module) -> None:
+    assert isinstance(root, FSDPModule)
+    root.reshard()
 
 
 def _refuse_wrong_inputs(model: nn.Module, *, in_parts: bool) -> None:
