@@ -118,7 +118,7 @@ def rank_one(length: int = 200) -> Tensor:
 @pytest.fixture(autouse=True)
 def _always_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("veilspan.core.plan.StrategyPlan.sketch_pays", lambda self, *shape: True)
-    monkeypatch.setattr("veilspan.core.measures._common_key", lambda shards, device: KEY)
+    monkeypatch.setattr("veilspan.core.measures.common_key", lambda shards, device: KEY)
 
 
 @pytest.mark.parametrize(("probes", "blocks"), [(8, 1), (16, 4)])

@@ -146,6 +146,21 @@ def test_pitfall_32_replicas_that_would_part_are_refused(found, mesh):
         assert "reduction=veilspan.parallel.Replica" in report["refusals"]["no reduction"]
 
 
+@pytest.mark.parametrize("mesh", ["1x2", "2x1", "1x4", "2x2"])
+def test_pitfall_32_ranks_about_to_release_different_things_all_stop(found, mesh):
+    for report in found[mesh]:
+        assert report["parted"]["released"] == "0"
+        for what, message in report["parted"].items():
+            assert what == "released" or f"the same: they differ in {what}" in message
+
+
+@pytest.mark.parametrize("mesh", ["1x2", "1x4"])
+def test_pitfall_18_ranks_of_a_sequence_draw_one_key_for_the_noise_on_thresholds(found, mesh):
+    first, *others = (report["own thresholds"] for report in found[mesh])
+    assert len(set(first)) > 1
+    assert all(other == first for other in others)
+
+
 def test_one_process_needs_neither_a_common_key_nor_a_reduction(found):
     for report in found["1x1"]:
         assert set(report["refusals"].values()) == {"nothing was raised"}
@@ -158,6 +173,22 @@ def test_one_process_needs_neither_a_common_key_nor_a_reduction(found):
 @on_every_mesh
 def test_experts_that_only_some_ranks_reach_get_their_own_gradients(found, mesh):
     assert all(report["routed"] <= 1e-10 for report in found[mesh])
+
+
+@pytest.mark.skipif(
+    not hasattr(FSDPModule, "reset_iter_state"), reason="this torch cannot begin a pass again"
+)
+@on_every_mesh
+def test_pitfall_17_nothing_is_left_of_a_pass_that_failed_on_all_ranks(found, mesh):
+    for report in found[mesh]:
+        assert max(report["after errors"].values()) <= 1e-10
+
+
+@on_every_mesh
+def test_gradients_are_summed_record_by_record_whatever_fsdp_was_told(found, mesh):
+    for report in found[mesh]:
+        assert report["settings of others"]["error"] <= 1e-10
+        assert report["settings of others"]["restored"]
 
 
 @pytest.mark.parametrize("mesh", ["2x1", "2x2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import math
@@ -32,7 +33,10 @@ from veilspan.core import (
     GaussianNoise,
     PerBlock,
     PerLayer,
+    PrivacyError,
     PrivateQuantile,
+    Release,
+    new_key,
     poisson_batches,
 )
 from veilspan.parallel import (
@@ -253,6 +257,33 @@ def routed(mesh: ParallelMesh) -> float:
     return relative(whole(step), expected)
 
 
+def settings_of_others(mesh: ParallelMesh) -> dict[str, Any]:
+    """FSDP2 as its user left it: means over ranks, and no reduction but of the last gradient."""
+    layout = Layout(length=LENGTH, ranks=mesh.context_degree)
+    model = llama(torch.float64, register_attention())
+    split = [*model.model.layers, model] if mesh.context_degree > 1 else []
+    for module in split:
+        fully_shard(module, mesh=mesh.context_mesh)
+    wide = Flat(clip_norm=1e6)  # a mean would be clipped to the same length
+    step = private_step(model, mesh, clipping=wide)
+    records = [0, 1, 4]
+    with step, context_parallel(mesh, layout):
+        for record in records if mesh.replicate_rank == 0 else ():
+            for module in split:
+                module.set_requires_gradient_sync(record == records[-1])
+            step.backward(losses_of(model, mesh, layout, record))
+    groups = [module._get_fsdp_state()._fsdp_param_group for module in split]
+    return {
+        "error": relative(whole(step), oracle(False, records, wide)),
+        "restored": all(
+            group.gradient_divide_factor is None
+            and not group.force_sum_reduction_for_comms
+            and not getattr(group, "reduce_scatter_unused_params", False)
+            for group in groups
+        ),
+    }
+
+
 def refusals(mesh: ParallelMesh) -> dict[str, str]:
     """What must not get as far as a step: a model nobody sharded, replicas that would part."""
     model = shard_model(Wide(), mesh)
@@ -263,10 +294,77 @@ def refusals(mesh: ParallelMesh) -> dict[str, str]:
     }
 
 
+class Failing(torch.autograd.Function):
+    """Fails in one of the passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, where: str) -> Tensor:
+        if where == "forward":
+            raise ArithmeticError(where)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise ArithmeticError("backward")
+
+
+def after_errors(mesh: ParallelMesh) -> dict[str, float]:
+    """Relative error of the batch after one that failed half-way through a pass, on all ranks."""
+    layout, found = Layout(length=LENGTH, ranks=mesh.context_degree), {}
+    for where in ("forward", "backward"):
+        step = private_step(shard_model(llama(torch.float64, register_attention()), mesh), mesh)
+
+        def fail(_: Any, __: Any, output: Any, where: str = where) -> Any:
+            return (Failing.apply(output[0], where), *output[1:])
+
+        handle = step.model.model.layers[0].self_attn.register_forward_hook(fail)
+        with contextlib.suppress(ArithmeticError):
+            add_records(step, mesh, layout, [1])
+        handle.remove()
+        add_records(step, mesh, layout, [0] if mesh.replicate_rank == 0 else [])
+        found[where] = relative(whole(step), oracle(False, [0]))
+    return found
+
+
+def parted(mesh: ParallelMesh) -> dict[str, str]:
+    """What is said where ranks are about to release different things; the ledger must not hear."""
+    released: list[Release] = []
+    other: dict[str, dict[str, Any]] = {
+        "the key of noise": {"noise": GaussianNoise(new_key())},
+        "noise_multiplier": {"noise_multiplier": 1.0 + mesh.rank},
+        "the thresholds of clipping": {"clipping": Flat(clip_norm=1.0 + mesh.rank)},
+        "the step": {"first_step": mesh.rank},
+        "expected_batch_size": {"expected_batch_size": 1.0 + mesh.rank},
+    }
+    found = {}
+    for name, options in other.items():
+        common = {"noise_multiplier": 1.0, "noise": GaussianNoise(KEY)}
+        model = shard_model(nn.Sequential(nn.ModuleList([nn.Linear(8, 4)])), mesh)
+        step = private_step(model, mesh, on_release=released.append, **{**common, **options})
+        found[name] = said(step.__enter__) + said(lambda step=step: step.__exit__(None, None, None))
+    return {**found, "released": str(len(released))}
+
+
+def own_thresholds(mesh: ParallelMesh) -> list[float]:
+    """Adaptive thresholds of ranks that were given neither a key nor replicas."""
+    if mesh.replicate_degree > 1:
+        return []
+    step = private_step(
+        shard_model(Wide(), mesh),
+        mesh,
+        clipping=PerLayer(clip_norm=CLIP_NORM, adaptive=PrivateQuantile()),
+        noise_multiplier=1.0,
+        reduction=None,
+    )
+    with step:
+        pass
+    return list(step.state_dict()["clip_norms"].values())
+
+
 def said(call: Callable[[], Any]) -> str:
     try:
         call()
-    except ValueError as error:
+    except (ValueError, PrivacyError) as error:
         return str(error)
     return "nothing was raised"
 
@@ -301,7 +399,11 @@ def body(arguments: list[str]) -> dict[str, Any]:
             "twenty steps": twenty_steps(mesh),
             "empty draws": empty_draws(mesh),
             "routed": routed(mesh),
+            "settings of others": settings_of_others(mesh),
             "refusals": refusals(mesh),
+            "parted": parted(mesh),
+            "after errors": after_errors(mesh),
+            "own thresholds": own_thresholds(mesh),
             "split over replicas": split_over_replicas(mesh) if replicate > 1 else [],
         }
     return found

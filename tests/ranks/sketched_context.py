@@ -135,7 +135,7 @@ def clipped_sums(mesh: ParallelMesh) -> dict[str, float]:
 
 def under_known_names(found: Callable[[ParallelMesh], Any], mesh: ParallelMesh) -> Any:
     """Let probes have names that can be repeated."""
-    with patch("veilspan.core.measures._common_key", lambda shards, device: KEY):
+    with patch("veilspan.core.measures.common_key", lambda shards, device: KEY):
         return found(mesh)
 
 

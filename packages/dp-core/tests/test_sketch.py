@@ -24,7 +24,7 @@ from veilspan.core.contributions import Lookups, OuterProducts, RowSums
 from veilspan.core.formed import Formed, Recomputed
 from veilspan.core.head import fused_causal_lm_losses
 from veilspan.core.measures import Measure
-from veilspan.core.measures import _common_key as fresh_key
+from veilspan.core.measures import common_key as fresh_key
 from veilspan.core.norms import BlockedKernel, compute_dtype
 from veilspan.core.plan import StrategyPlan
 from veilspan.core.reduction import LocalShards
@@ -45,7 +45,7 @@ def sketch(probes=PROBES, blocks=BLOCKS):
 @pytest.fixture(autouse=True)
 def _known_names(monkeypatch):
     """Let probes have names that a test can repeat."""
-    monkeypatch.setattr("veilspan.core.measures._common_key", lambda shards, device: KEY)
+    monkeypatch.setattr("veilspan.core.measures.common_key", lambda shards, device: KEY)
 
 
 @pytest.fixture
@@ -356,7 +356,7 @@ def test_pitfall_58_probes_are_fresh_for_every_record_micro_batch_and_attempt():
 @pytest.mark.parametrize("stream", [None, GaussianNoise(KEY)])
 def test_pitfall_58_two_steps_never_have_the_same_probes(stream, monkeypatch):
     """Neither one after the other, nor on replicas whose records differ, whatever the stream."""
-    monkeypatch.setattr("veilspan.core.measures._common_key", fresh_key)
+    monkeypatch.setattr("veilspan.core.measures.common_key", fresh_key)
     record = 1e4 * torch.ones(1, 1, 16)
     wanted = Sketch(probes=8, blocks=2, stream=stream)
     steps = [rank_one_step(norms=wanted) for _ in range(2)]

@@ -30,7 +30,7 @@ def _always_estimate(monkeypatch):
     monkeypatch.setattr(
         "veilspan.core.plan.StrategyPlan.sketch_pays", lambda self, *shape: self.probes > 0
     )
-    monkeypatch.setattr("veilspan.core.measures._common_key", lambda shards, device: KEY)
+    monkeypatch.setattr("veilspan.core.measures.common_key", lambda shards, device: KEY)
 
 
 class Layers(nn.Module):

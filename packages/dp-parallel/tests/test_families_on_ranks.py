@@ -42,6 +42,21 @@ def test_a_mistake_in_labels_positions_or_counts_would_be_seen(reports):
     assert min(controls.values()) > 1e-4, controls
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_part_taken_for_a_whole_sequence_is_refused(reports, ranks):
+    for said in (report["local views"] for report in reports[ranks]):
+        assert "called outside of context_parallel" in said["outside"]
+        assert "position_ids is missing" in said["positions"]
+        assert "shifts them after the cut" in said["labels"]
+        assert said["evaluation"] == said["right"] == "nothing was raised"
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_parameters_are_gathered_as_often_as_fsdp_alone_would(reports, ranks):
+    """Each of two blocks for either pass, the embedding and head once for both."""
+    assert {report["gathers"] for report in reports[ranks]} == {5}
+
+
 def test_every_family_called_tested_is_tested():
     named = {family.split()[0] for family in FAMILIES} - {"gemma3"} | {"gemma3_text"}
     assert named == set(TESTED_MODEL_TYPES)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from veilspan.parallel import (
     ContextShards,
@@ -163,6 +164,40 @@ def keep_float64() -> None:
 
     Tensor.to = wide_to
     Tensor.float = lambda self: wide_to(self, torch.float32)
+
+
+def local_views(mesh: ParallelMesh) -> dict[str, str]:
+    """What is said where a rank would take its part for a whole sequence."""
+    layout = Layout(length=16 * mesh.context_degree, ranks=mesh.context_degree)
+    model = shard_model(build("llama", register_attention()), mesh)
+    part = shard_batch(*records(layout.length), layout, mesh.context_rank)
+    right = {"input_ids": part.input_ids, "position_ids": part.position_ids}
+
+    def said(**inputs: Tensor) -> str:
+        try:
+            model(**inputs)
+        except ValueError as error:
+            return str(error)
+        return "nothing was raised"
+
+    found = {"outside": said(**right)}
+    with torch.no_grad():
+        found["evaluation"] = said(input_ids=records(layout.length)[0])
+    with context_parallel(mesh, layout):
+        found["positions"] = said(input_ids=part.input_ids)
+        found["labels"] = said(**right, labels=part.labels)
+        found["right"] = said(**right)
+    return found
+
+
+def gathers(mesh: ParallelMesh) -> int:
+    """How often parameters are gathered in one forward and backward pass."""
+    layout = Layout(length=16 * mesh.context_degree, ranks=mesh.context_degree)
+    model = shard_model(build("llama", register_attention()), mesh)
+    part = shard_batch(*records(layout.length), layout, mesh.context_rank)
+    with context_parallel(mesh, layout, "ulysses"), CommDebugMode() as seen:
+        model(input_ids=part.input_ids, position_ids=part.position_ids).logits.sum().backward()
+    return seen.get_comm_counts()[torch.ops.c10d._allgather_base_]
 
 
 def controls(mesh: ParallelMesh, expected_B: Tensor) -> dict[str, float]:

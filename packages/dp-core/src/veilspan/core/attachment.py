@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from veilspan.core.compiled import keep_saved_tensors, site_of
 from veilspan.core.errors import PrivacyError, UnsupportedModelError
+from veilspan.core.fsdp import show_shards
 from veilspan.core.lone import LoneSite
 from veilspan.core.rules import RecordsAlone
 from veilspan.core.survey import OwnedModule, trainable_parameters
@@ -151,14 +152,25 @@ class Attachment:
         """Refuse parameters that changed after attach.
 
         Raises:
-            PrivacyError: Naming a parameter that was added, replaced, frozen or unfrozen.
+            PrivacyError: Naming a parameter that was added, replaced, frozen or unfrozen, or that
+                FSDP2 still holds whole.
         """
+        show_shards(self.model)
         now, before = trainable_parameters(self.model), self.owned
         changed = [
             name
             for name in sorted(now.keys() | before.keys())
             if now.get(name) is not before.get(name)
         ]
+        if changed and all(
+            isinstance(before.get(name), DTensor) and not isinstance(now.get(name, 0), DTensor)
+            for name in changed
+        ):
+            raise PrivacyError(
+                f"Parameter '{changed[0]}' is still gathered whole: an error stopped FSDP2 in the "
+                "middle of a pass, and this torch cannot begin another, as torch 2.13 can. Restart "
+                "from a checkpoint."
+            )
         if changed:
             raise PrivacyError(
                 f"Parameter '{changed[0]}' was added, replaced, frozen or unfrozen after "

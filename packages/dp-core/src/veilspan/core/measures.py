@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from veilspan.core.contributions import Contribution, Lookups, NormChoice, OuterProducts
 from veilspan.core.cost import table_pays
 from veilspan.core.errors import PrivacyError
-from veilspan.core.noise import GaussianNoise, new_key
+from veilspan.core.noise import GaussianNoise
 from veilspan.core.norms import compute_dtype, magnitudes, rounding_guard
 from veilspan.core.projection import ProbeRows, Projection
 from veilspan.core.protocols import NoiseSource, SequenceShards
+from veilspan.core.reduction import common_key
 from veilspan.core.sketch import Sketch
 
 
@@ -75,8 +76,8 @@ class Measure:
             return
         device, stream = next(iter(self.owned.values())).device, self.sketch.stream
         # Replicas, or two steps one after the other, may well have been given one stream.
-        self._salt = _common_key(self.shards, device).hex()
-        self._stream = GaussianNoise(_common_key(self.shards, device)) if stream is None else stream
+        self._salt = common_key(self.shards, device).hex()
+        self._stream = GaussianNoise(common_key(self.shards, device)) if stream is None else stream
         if stream is not None and self.shards.degree > 1:
             _require_common(stream, self.shards, device)
 
@@ -243,12 +244,6 @@ class _Probes:
 def _columns(values_BRk: Tensor) -> Tensor:
     """Return the sum of squares of each column, `[B, k]` fp64."""
     return torch.linalg.vector_norm(values_BRk, dim=1, dtype=torch.float64).square()
-
-
-def _common_key(shards: SequenceShards, device: torch.device) -> bytes:
-    """Return a fresh key that the ranks of one sequence share and no others have."""
-    own = torch.tensor(list(new_key()), dtype=torch.float64, device=device)
-    return bytes(int(value) % 256 for value in shards.sum_scalars(own).tolist())
 
 
 def _require_common(stream: NoiseSource, shards: SequenceShards, device: torch.device) -> None:

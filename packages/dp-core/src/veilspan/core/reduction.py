@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from veilspan.core.errors import UnsupportedModelError
 from veilspan.core.noise import GaussianNoise, new_key
-from veilspan.core.protocols import GradientReduction
+from veilspan.core.protocols import GradientReduction, SequenceShards
 
 
 class LocalShards:
@@ -55,8 +56,13 @@ class NoReduction:
         """Leave `tensors` unchanged."""
 
 
-def own_noise(reduction: GradientReduction | None, noise_multiplier: float) -> GaussianNoise:
-    """Return noise under a fresh key, where no other process must have the same.
+def own_noise(
+    reduction: GradientReduction | None,
+    noise_multiplier: float,
+    shards: SequenceShards,
+    parameters: Mapping[str, nn.Parameter],
+) -> GaussianNoise:
+    """Return noise under a fresh key, the same on ranks that hold a sequence together.
 
     Raises:
         ValueError: If replicas would draw noise of their own: each would release the same sum once
@@ -69,7 +75,13 @@ def own_noise(reduction: GradientReduction | None, noise_multiplier: float) -> G
             "and adaptive thresholds, would part. Draw new_key() on one process, send it to the "
             "others (veilspan.parallel.broadcast_bytes), and pass noise=GaussianNoise(key)."
         )
-    return GaussianNoise(new_key())
+    return GaussianNoise(common_key(shards, next(iter(parameters.values())).device))
+
+
+def common_key(shards: SequenceShards, device: torch.device) -> bytes:
+    """Return a fresh key that the ranks of one sequence share and no others have."""
+    own = torch.tensor(list(new_key()), dtype=torch.float64, device=device)
+    return bytes(int(value) % 256 for value in shards.sum_scalars(own).tolist())
 
 
 def processes() -> int:

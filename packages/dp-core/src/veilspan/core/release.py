@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor
 
 from veilspan.core.adaptive import PrivateQuantile
@@ -15,7 +16,8 @@ from veilspan.core.groups import Groups
 from veilspan.core.protocols import NoiseSource
 from veilspan.core.sketch import NormLaw
 
-_COUNTS = "veilspan.counts-within-thresholds"  # has a dash: no parameter is called so
+# They have a dash: no parameter is called so.
+_COUNTS, _SIGN = "veilspan.counts-within-thresholds", "veilspan.sign-of-one-key"
 
 _last_drawn: WeakKeyDictionary[object, int] = WeakKeyDictionary()  # step, by source of noise
 
@@ -110,6 +112,13 @@ class GaussianMechanism:
             count_stddev=adaptive.count_stddev(sigma, len(groups)) if adaptive else None,
             norms=self._norms,
         )
+
+    def sign(self, release: Release, device: torch.device) -> Tensor:
+        """Return a few secret numbers that sources with one key have in common, `[4]` fp64."""
+        numbers = torch.zeros(4, dtype=torch.float64, device=device)
+        if release.gradient_noise_multiplier:
+            self._noise.add_(numbers, stddev=1.0, step=release.step, name=_SIGN, offset=0)
+        return numbers
 
     def noisy_mean(self, release: Release, name: str, total: Tensor, *, offset: int) -> Tensor:
         """Return (total + noise) / expected_batch_size, in place.

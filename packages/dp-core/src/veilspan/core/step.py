@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from veilspan.core.agreement import reduce_alike
 from veilspan.core.attachment import CLEAR_GRADIENTS, Attachment, detach_copies
 from veilspan.core.backward import Workspace, probe, run_micro_batch
 from veilspan.core.checks import (
@@ -22,6 +23,7 @@ from veilspan.core.checks import (
 )
 from veilspan.core.errors import PrivacyError
 from veilspan.core.explain import explain
+from veilspan.core.fsdp import forget_pass
 from veilspan.core.groups import Clipping
 from veilspan.core.norms import BlockedKernel
 from veilspan.core.plan import Wishes, plan_for
@@ -118,19 +120,18 @@ class PrivateStep:
         modules = list(owned_modules(model, kernel if may_tap else None))
         groups = clipping.resolve({name: p.numel() for name, p in owned.items()})
         self._mechanism = GaussianMechanism(
-            noise or own_noise(reduction, self.noise_multiplier),
+            noise or own_noise(reduction, self.noise_multiplier, self._shards, owned),
             noise_multiplier=self.noise_multiplier,
             expected_batch_size=self.expected_batch_size,
             adaptive=clipping.adaptive,
             norms=norms.law(clipping, groups) if isinstance(norms, Sketch) else None,
         )
         wishes = Wishes(backward=backward, norms=norms, memory_budget=memory_budget)
-        self._plan = plan_for(model, modules, groups, wishes, self._shards, kernel)
+        self._plan = plan = plan_for(model, modules, groups, wishes, self._shards, kernel)
         accumulator = accumulator_named(
             accumulate, clip_norm=clipping.clip_norm, expected_batch_size=expected_batch_size
         )
-        in_parts = self._plan.adds_in_parts
-        sums = ClippedSum(owned, self._shards, accumulator, kernel, in_parts=in_parts)
+        sums = ClippedSum(owned, self._shards, accumulator, kernel, in_parts=plan.adds_in_parts)
         self._attachment = Attachment(
             model,
             owned,
@@ -301,8 +302,8 @@ class PrivateStep:
         """Announce, add noise, divide; then let adaptive thresholds move for the next batch."""
         work = self._work
         require_agreement(work.sums.together, -1 - work.sums.order)  # no size of a micro-batch
-        work.sums.reduce(self._reduction, [] if work.within_M is None else [work.within_M])
         release = self._mechanism.announce(self.next_step, work.groups)
+        reduce_alike(work, self._reduction, release, self._mechanism)
         if self._on_release is not None:
             self._on_release(release)
         self.next_step += 1
@@ -316,5 +317,4 @@ class PrivateStep:
 
     def _discard(self) -> None:
         self._work.sums.discard()
-        for parameter in self._attachment.owned.values():
-            parameter.grad = None
+        forget_pass(self._model, self._attachment.owned.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from itertools import chain
 from typing import Any, Literal, TypeVar, get_args
@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from veilspan.parallel.active import current_region
 from veilspan.parallel.blocks import decoder_blocks
 from veilspan.parallel.huggingface import ATTENTION_NAME
 from veilspan.parallel.mesh import ParallelMesh
@@ -88,7 +89,7 @@ def shard_model(
         _split(model, blocks, split, param_dtype)
     elif param_dtype is not None:
         _wrap_forward(model, partial(_autocast, mesh.device_type, param_dtype))
-    _refuse_padding_masks(model)
+    _refuse_wrong_inputs(model, in_parts=over > 1 and axis == "context")
     return model
 
 
@@ -158,9 +159,11 @@ def _split(
     )
     # Embedding and head stay together in the root group: tied weights must not be split apart.
     for module in (*blocks, model):
-        # The root too frees what it gathered: between passes the model always shows its shards,
-        # also after an evaluation or a forward pass that no backward pass follows.
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        # The backward pass begins with the head, which need not be freed before and gathered again.
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=module is not model)
+    # A forward pass that no backward pass follows must leave nothing gathered for later ones.
+    model.register_forward_pre_hook(lambda *_: _let_go(model), prepend=True)
+    model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else _let_go(model))
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -168,8 +171,18 @@ def _split(
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _refuse_padding_masks(model: nn.Module) -> None:
-    """Stop a padding mask that the attention would silently not see."""
+def _let_go(root: nn.Module) -> None:
+    assert isinstance(root, FSDPModule)
+    root.reshard()
+
+
+def _refuse_wrong_inputs(model: nn.Module, *, in_parts: bool) -> None:
+    """Stop what the registered attention would silently get wrong.
+
+    Args:
+        model: The model.
+        in_parts: Whether the ranks hold parts of one sequence.
+    """
     config = getattr(model, "config", None)
     if getattr(config, "_attn_implementation", None) != ATTENTION_NAME:
         return
@@ -178,13 +191,39 @@ def _refuse_padding_masks(model: nn.Module) -> None:
 
     def check(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         # Hugging Face's decoders take the mask as their second positional argument too.
-        given = signature.bind_partial(*args, **kwargs).arguments
-        mask = given.get("attention_mask", kwargs.get("attention_mask"))
+        given = {**kwargs, **signature.bind_partial(*args, **kwargs).arguments}
+        mask = given.get("attention_mask")
         if mask is not None and not bool(mask.all()):
             raise ValueError(
                 f"attention_mask hides tokens, but {ATTENTION_NAME} is causal and takes no mask: "
                 "fill sequences on the right, set the labels there to the ignore index, and pass "
                 "no mask."
             )
+        if in_parts:
+            _refuse_local_view(given)
 
-    model.register_forward_pre_hook(check, with_kwargs=True)
+    # Before FSDP2 gathers parameters, so that an error leaves nothing half-way.
+    model.register_forward_pre_hook(check, with_kwargs=True, prepend=True)
+
+
+def _refuse_local_view(given: Mapping[str, Any]) -> None:
+    """Refuse inputs of a forward pass in which a rank would take its part for a whole sequence."""
+    if current_region() is None:
+        if not torch.is_grad_enabled():
+            return  # an evaluation of whole sequences
+        raise ValueError(
+            "the model was called outside of context_parallel, where each rank attends to its own "
+            "tokens alone; enclose forward and backward in `with context_parallel(mesh, layout):`, "
+            "or evaluate whole sequences under torch.no_grad()."
+        )
+    if given.get("position_ids") is None:
+        raise ValueError(
+            "position_ids is missing, so every rank would count from zero; pass the position_ids "
+            "that shard_batch returns."
+        )
+    if given.get("labels") is not None:
+        raise ValueError(
+            "labels was given to the model, which shifts them after the cut and averages over the "
+            "tokens held here; take the loss of its logits and the labels that shard_batch "
+            "returns, divided by num_tokens_B."
+        )

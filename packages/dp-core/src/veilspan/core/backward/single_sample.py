@@ -6,14 +6,11 @@ the per-sample gradient shard. The norm is taken of the very numbers that are su
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 
 from veilspan.core.backward.base import STORED_SLACK, Workspace
+from veilspan.core.fsdp import plain_sums
 from veilspan.core.norms import sq_norm
 
 
@@ -30,7 +27,7 @@ class SingleSample:
                 f"losses_B holds {len(losses_B)} losses, but backward='single_sample' takes "
                 "micro-batches of one record. Use microbatches(size=1), or backward='per_sample'."
             )
-        with _every_parameter_reduced(work.attachment.model, work.shards.degree):
+        with plain_sums(work.attachment.model, work.shards.degree):
             losses_B.sum().backward()
         owned, index = work.owned, work.groups.index
         found = {n: p.grad for n, p in owned.items() if p.grad is not None}
@@ -48,21 +45,3 @@ class SingleSample:
 
 def _dense(gradient: Tensor) -> Tensor:
     return gradient.to_dense() if gradient.is_sparse else gradient
-
-
-@contextmanager
-def _every_parameter_reduced(model: nn.Module, degree: int) -> Iterator[None]:
-    """Let FSDP2 reduce zeros for a parameter that this rank's part of the record did not reach.
-
-    Ranks reach different experts. By default each packs only the gradients it has, so that those of
-    different parameters would be added up. Tapped strategies have no such gradients and need none.
-    """
-    split = [m for m in model.modules() if isinstance(m, FSDPModule)] if degree > 1 else []
-    split = [m for m in split if hasattr(m, "set_reduce_scatter_unused_params")]  # torch 2.13
-    for module in split:
-        module.set_reduce_scatter_unused_params(True, recurse=False)
-    try:
-        yield
-    finally:
-        for module in split:
-            module.set_reduce_scatter_unused_params(False, recurse=False)
