@@ -308,9 +308,8 @@ class _Tap(torch.autograd.Function):
         output = site.forward(inputs)
         ctx.site, ctx.anchor = site, anchor
         ctx.save_for_backward(site.rule.saved_input(inputs, output))
-        memory, given = output.untyped_storage(), inputs.untyped_storage()
-        own_view = output._is_view() and memory.data_ptr() != given.data_ptr()
-        return compiled.no_view(output) if own_view else output
+        shared = output.untyped_storage().data_ptr() == inputs.untyped_storage().data_ptr()
+        return compiled.no_view(output) if output._is_view() and not shared else output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
