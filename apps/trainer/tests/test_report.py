@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,12 +16,20 @@ import pytest
 
 from veilspan.accounting import Ledger, LedgerError, PrivacyPlan
 from veilspan.accounting.bounds import round_up
+from veilspan.trainer.checkpoint import Progress
 from veilspan.trainer.odds import detection_bounds
 from veilspan.trainer.plots import draw_plots
 from veilspan.trainer.progress import Status
 from veilspan.trainer.prose import Block, parse
 from veilspan.trainer.report import epsilon_curve, write_report, write_statement
-from veilspan.trainer.run_folder import RunFolder, RunFolderError, RunInfo, open_run, recipe_digest
+from veilspan.trainer.run_folder import (
+    RunFolder,
+    RunFolderError,
+    RunInfo,
+    ledger_head,
+    open_run,
+    recipe_digest,
+)
 
 PLAN = PrivacyPlan.calibrate(
     target_epsilon=8.0,
@@ -110,6 +119,28 @@ def test_the_statement_counts_releases_not_planned_steps(run_of: Callable) -> No
     assert (numbers["releases"], numbers["steps"]) == (3, 2)
     assert numbers["epsilon"]["upper"] == PLAN.epsilon_after(3).upper
     assert "After 3 noisy releases" in (root / "privacy_statement.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("length", "head", "message"),
+    [(3, None, "the end of the ledger was lost"), (1, "b" * 64, "is not the ledger")],
+)
+def test_no_statement_is_made_from_a_ledger_that_counts_less_than_the_checkpoint_saw(
+    run_of: Callable, length: int, head: str | None, message: str
+) -> None:
+    root = run_of(*_all(2))
+    progress = Progress(
+        step=length,
+        ledger_length=length,
+        ledger_head=head or ledger_head(RunFolder(root).ledger, 2),
+        recipe_digest="d",
+    )
+    checkpoint = RunFolder(root).checkpoints / f"step-{length:08d}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "checkpoint.json").write_text(json.dumps(asdict(progress)))
+    for write in (write_statement, write_report):
+        with pytest.raises(LedgerError, match=message):
+            write(root)
 
 
 def test_the_report_is_one_page_that_needs_no_other_file(run_of: Callable) -> None:
