@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,19 @@ def test_pitfall_39_a_number_names_the_same_user_whatever_its_type(tmp_path: Pat
         parquet.write_table(table, tmp_path / f"{name}.parquet")
     records = open_with(tmp_path, format="parquet", unit="user", user_column="who")
     assert [text(records, unit) for unit in range(len(records))] == ["a1|b2|", "a2|b1|"]
+
+
+def test_pitfall_39_a_name_is_the_same_user_however_it_is_written(tmp_path: Path):
+    users = ["Jos\u00e9", "Jose\u0301", " Jos\u00e9\n", "7", 7, 7.0]
+    rows = [{"text": str(number), "who": user} for number, user in enumerate(users)]
+    records = open_with(write_rows(tmp_path / "a", "jsonl", rows), unit="user", user_column="who")
+    assert [text(records, unit) for unit in range(len(records))] == ["3|4|5|", "0|1|2|"]
+    columns = [arrow.array([Decimal("7.00")]), arrow.array([b"7"]), arrow.array(["7"])]
+    for number, column in enumerate(columns):
+        table = arrow.table({"text": [str(number)], "who": column})
+        parquet.write_table(table, tmp_path / f"{number}.parquet")
+    records = open_with(tmp_path, format="parquet", unit="user", user_column="who")
+    assert [text(records, unit) for unit in range(len(records))] == ["0|1|2|"]
 
 
 @pytest.mark.parametrize("user", [{"id": 7}, [7]])
