@@ -179,6 +179,12 @@ def test_held_out_data_without_a_token_to_predict_is_named(tmp_path: Path):
         open_heldout(settings, TOKENIZER)
 
 
+def test_a_folder_of_another_format_asks_for_it(tmp_path: Path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"holds \*\*/\*\.jsonl: set data\.format to jsonl"):
+        open_data(tmp_path)
+
+
 def test_a_file_of_unknown_format_is_named(tmp_path: Path):
     file = tmp_path / "rows.csv"
     file.write_text("text\na\n", encoding="utf-8")

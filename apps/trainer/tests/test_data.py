@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
@@ -15,6 +16,10 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from veilspan.trainer.data import Records, collate, open_heldout, open_records
 from veilspan.trainer.data.collate import IGNORE_INDEX
@@ -193,6 +198,33 @@ def test_files_are_read_in_the_order_of_their_names(tmp_path: Path):
     records = open_with(tmp_path, pattern="**/*.py", exclude=["skip"])
     found = [text(records, unit).rstrip("|") for unit in range(len(records))]
     assert found == sorted(["B.py", "a.py", "b.py", "b/0.py", "b/1.py"])
+
+
+def test_pitfall_39_a_file_with_several_names_is_one_record(tmp_path: Path):
+    folder = write_texts(tmp_path / "texts", {"a.txt": "a", "deep/c.txt": "c"})
+    (folder / "b.txt").symlink_to("a.txt")
+    (folder / "d.txt").hardlink_to(folder / "a.txt")
+    records = open_with(folder)
+    assert [text(records, unit) for unit in range(len(records))] == ["a|", "c|"]
+
+
+def test_a_tokenizer_that_cuts_at_the_left_changes_nothing_and_no_length_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    vocabulary = {"longest-word": 0, **{f"w{number}": number for number in range(1, 10)}, "?": 10}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+    words.pre_tokenizer = WhitespaceSplit()
+    left = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        unk_token="?",
+        truncation_side="left",
+        model_max_length=3,
+    )
+    path = write_rows(tmp_path, "jsonl", [{"text": "w1 w2 w3 w4 w5 w6"}])
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    records = open_records(recipe(path, sequence_length=4), left)
+    assert list(records[0]) == [1, 2, 3, 4]
+    assert "sequence length" not in caplog.text
 
 
 def test_what_the_run_writes_is_no_data(tmp_path: Path):
