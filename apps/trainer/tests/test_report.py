@@ -13,12 +13,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 
 from veilspan.accounting import Ledger, LedgerError, PrivacyPlan
 from veilspan.accounting.bounds import round_up
 from veilspan.trainer.checkpoint import Progress
 from veilspan.trainer.odds import detection_bounds
-from veilspan.trainer.plots import draw_plots
+from veilspan.trainer.plots import draw_plots, plot_epsilon
 from veilspan.trainer.progress import Status
 from veilspan.trainer.prose import Block, parse
 from veilspan.trainer.report import epsilon_curve, write_report, write_statement
@@ -110,6 +111,22 @@ def test_no_number_is_rounded_to_what_is_not_certified(run_of: Callable) -> None
     assert float(least[1]) <= bounds.lower
     status = Status(step=1, epsilon=1.23401, heldout_loss=None, tokens_per_second=None)
     assert status.text(8.0) == "ε 1.235 of 8"
+    assert status.text(1.23401) == "ε 1.235 of 1.235"  # not of 1.234, which it would exceed
+
+
+def test_no_figure_shows_less_than_was_spent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(Axes, "legend", lambda self, **_: shown.extend(_texts(self)))
+    plot_epsilon(tmp_path / "e.png", [(0, 0), (1, 1.23401)], budget=1.23401, spent=(1, 1.23401))
+    assert "spent: ε ≤ 1.235" in shown
+    assert "budget ε = 1.235" in shown
+
+
+def _texts(axes: Axes) -> list[str]:
+    labels = axes.get_legend_handles_labels()[1]
+    return [*map(str, labels), *(text.get_text() for text in axes.texts)]
 
 
 def test_the_statement_counts_releases_not_planned_steps(run_of: Callable) -> None:
