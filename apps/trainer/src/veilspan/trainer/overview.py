@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.console import Console
 
 from veilspan.accounting.bounds import at_least
@@ -52,7 +54,8 @@ def show_outcome(console: Console, folder: RunFolder, stop_reason: str | None) -
     if console.quiet:
         return
     with folder.read_ledger() as ledger:
-        spent, releases, budget = ledger.spent(), ledger.releases, ledger.budget_epsilon
+        spent, releases = ledger.spent(), ledger.releases
+        budget = ledger.budget_epsilon or math.inf
     rows = {"privacy": f"{spent} (budget {at_least(budget, 4)}), {releases} releases in the ledger"}
     losses = series(read_metrics(folder.metrics), "heldout_loss")
     if losses:
