@@ -55,6 +55,15 @@ def open_data(path: Path, **data: Any) -> object:
         ({"data": {"unit": None}}, ["data.unit: missing", "What one guarantee covers"]),
         ({"data": {"unit": "row"}}, ["data.unit: is 'row'", "'record', 'document' or 'user'"]),
         ({"privacy": {"steps": 0}}, ["privacy.steps: is 0", "greater than or equal to 1"]),
+        ({"privacy": {"steps": True}}, ["privacy.steps: is True; true and false stand for no"]),
+        ({"privacy": {"clip_norm": True}}, ["privacy.clip_norm: is True; true and false"]),
+        ({"compute": {"microbatch_size": True}}, ["compute.microbatch_size: is True; true and"]),
+        ({"model": {"lora": {"rank": True}}}, ["model.lora.rank: is True; true and false"]),
+        ({"optimizer": {"betas": [False, 0.9]}}, ["optimizer.betas: is [False, 0.9]; true and"]),
+        (
+            {"model": {"config": {"model_type": "mistral", "sliding_window": None}}},
+            ["config.sliding_window is None, which a recipe file cannot hold; leave it out"],
+        ),
         ({"privacy": {"steps": "many"}}, ["privacy.steps: is 'many'", "valid integer"]),
         ({"compute": {"microbatch_size": 0}}, ["compute.microbatch_size: is 0", "'auto'"]),
         ({"compute": {"microbatch_size": -1}}, ["is -1", "greater than or equal to 1", "'auto'"]),
@@ -168,6 +177,12 @@ def test_held_out_data_without_a_token_to_predict_is_named(tmp_path: Path):
     )
     with pytest.raises(DataError, match=r"b\*'.* holds a token to predict"):
         open_heldout(settings, TOKENIZER)
+
+
+def test_a_folder_of_another_format_asks_for_it(tmp_path: Path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"holds \*\*/\*\.jsonl: set data\.format to jsonl"):
+        open_data(tmp_path)
 
 
 def test_a_file_of_unknown_format_is_named(tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,6 +103,18 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (9, 10, 11):
         checkpoints.save(tensors, _progress(step))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000011"]
+
+
+def test_a_copy_of_a_checkpoint_under_another_name_is_none_of_the_run(tmp_path: Path) -> None:
+    checkpoints, tensors = _checkpoints(tmp_path, keep=1), named_tensors(*_model())
+    checkpoints.save(tensors, _progress(1))
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000001.bak")
+    newest = checkpoints.newest()
+    assert newest is not None
+    assert newest.name == "step-00000001"
+    checkpoints.save(tensors, _progress(2))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step-00000001.bak", "step-00000002"]
 
 
 def test_a_crash_while_writing_leaves_the_previous_checkpoint_the_newest(tmp_path: Path) -> None:

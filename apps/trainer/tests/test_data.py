@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,10 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from veilspan.trainer.data import Records, collate, open_heldout, open_records
 from veilspan.trainer.data.collate import IGNORE_INDEX
@@ -144,6 +150,19 @@ def test_pitfall_39_a_number_names_the_same_user_whatever_its_type(tmp_path: Pat
     assert [text(records, unit) for unit in range(len(records))] == ["a1|b2|", "a2|b1|"]
 
 
+def test_pitfall_39_a_name_is_the_same_user_however_it_is_written(tmp_path: Path):
+    users = ["Jos\u00e9", "Jose\u0301", " Jos\u00e9\n", "7", 7, 7.0]
+    rows = [{"text": str(number), "who": user} for number, user in enumerate(users)]
+    records = open_with(write_rows(tmp_path / "a", "jsonl", rows), unit="user", user_column="who")
+    assert [text(records, unit) for unit in range(len(records))] == ["3|4|5|", "0|1|2|"]
+    columns = [arrow.array([Decimal("7.00")]), arrow.array([b"7"]), arrow.array(["7"])]
+    for number, column in enumerate(columns):
+        table = arrow.table({"text": [str(number)], "who": column})
+        parquet.write_table(table, tmp_path / f"{number}.parquet")
+    records = open_with(tmp_path, format="parquet", unit="user", user_column="who")
+    assert [text(records, unit) for unit in range(len(records))] == ["0|1|2|"]
+
+
 @pytest.mark.parametrize("user", [{"id": 7}, [7]])
 def test_pitfall_39_a_user_with_several_spellings_is_refused(tmp_path: Path, user: object):
     path = write_rows(tmp_path, "jsonl", [*ROWS, {"text": "x", "who": user}])
@@ -179,6 +198,33 @@ def test_files_are_read_in_the_order_of_their_names(tmp_path: Path):
     records = open_with(tmp_path, pattern="**/*.py", exclude=["skip"])
     found = [text(records, unit).rstrip("|") for unit in range(len(records))]
     assert found == sorted(["B.py", "a.py", "b.py", "b/0.py", "b/1.py"])
+
+
+def test_pitfall_39_a_file_with_several_names_is_one_record(tmp_path: Path):
+    folder = write_texts(tmp_path / "texts", {"a.txt": "a", "deep/c.txt": "c"})
+    (folder / "b.txt").symlink_to("a.txt")
+    (folder / "d.txt").hardlink_to(folder / "a.txt")
+    records = open_with(folder)
+    assert [text(records, unit) for unit in range(len(records))] == ["a|", "c|"]
+
+
+def test_a_tokenizer_that_cuts_at_the_left_changes_nothing_and_no_length_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    vocabulary = {"longest-word": 0, **{f"w{number}": number for number in range(1, 10)}, "?": 10}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+    words.pre_tokenizer = WhitespaceSplit()
+    left = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        unk_token="?",
+        truncation_side="left",
+        model_max_length=3,
+    )
+    path = write_rows(tmp_path, "jsonl", [{"text": "w1 w2 w3 w4 w5 w6"}])
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    records = open_records(recipe(path, sequence_length=4), left)
+    assert list(records[0]) == [1, 2, 3, 4]
+    assert "sequence length" not in caplog.text
 
 
 def test_what_the_run_writes_is_no_data(tmp_path: Path):

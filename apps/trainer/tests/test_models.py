@@ -196,6 +196,15 @@ def test_weights_that_would_start_at_random_are_refused(folder: Path, tmp_path: 
         build_model(recipe({"path": str(target)}), TOKENIZER)
 
 
+def test_a_model_that_could_not_be_saved_after_training_is_refused_before(
+    folder: Path, tmp_path: Path
+):
+    target = copied(folder, tmp_path / "model")
+    (target / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6}')
+    with pytest.raises(ModelError, match=r"generation_config\.json contradicts itself"):
+        build_model(recipe({"path": str(target)}), TOKENIZER)
+
+
 def test_pitfall_23_the_content_of_padding_changes_no_gradient(tmp_path: Path):
     for name, content in {"a": "some text", "b": "x", "c": ""}.items():
         (tmp_path / f"{name}.txt").write_text(content, encoding="utf-8")

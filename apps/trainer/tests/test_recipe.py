@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from veilspan.trainer.errors import RecipeError
 from veilspan.trainer.recipe import Recipe, load_recipe, make_recipe
+from veilspan.trainer.recipe_section import Section
 from veilspan.trainer.recipe_toml import dumps
-from veilspan.trainer.sections import Section
 
 DOCS = Path(__file__).parents[3] / "docs/api/trainer.md"
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
@@ -78,6 +78,13 @@ def test_a_recipe_cannot_be_changed():
     recipe = make_recipe(SMALL)
     with pytest.raises(ValueError, match="frozen"):
         recipe.privacy.steps = 11  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_model_with_an_infinite_limit_reads_back_as_itself(tmp_path: Path):
+    config = {"model_type": "mamba2", "time_step_limit": [0.0, float("inf")]}
+    recipe = make_recipe(changed(model={"config": config}))
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    assert load_recipe(tmp_path / "recipe.toml").model.config == config
 
 
 def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path):

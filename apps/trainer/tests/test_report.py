@@ -8,19 +8,29 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 
 from veilspan.accounting import Ledger, LedgerError, PrivacyPlan
 from veilspan.accounting.bounds import round_up
+from veilspan.trainer.checkpoint import Progress
 from veilspan.trainer.odds import detection_bounds
-from veilspan.trainer.plots import draw_plots
+from veilspan.trainer.plots import draw_plots, plot_epsilon
 from veilspan.trainer.progress import Status
 from veilspan.trainer.prose import Block, parse
 from veilspan.trainer.report import epsilon_curve, write_report, write_statement
-from veilspan.trainer.run_folder import RunFolder, RunFolderError, RunInfo, open_run, recipe_digest
+from veilspan.trainer.run_folder import (
+    RunFolder,
+    RunFolderError,
+    RunInfo,
+    ledger_head,
+    open_run,
+    recipe_digest,
+)
 
 PLAN = PrivacyPlan.calibrate(
     target_epsilon=8.0,
@@ -101,6 +111,22 @@ def test_no_number_is_rounded_to_what_is_not_certified(run_of: Callable) -> None
     assert float(least[1]) <= bounds.lower
     status = Status(step=1, epsilon=1.23401, heldout_loss=None, tokens_per_second=None)
     assert status.text(8.0) == "ε 1.235 of 8"
+    assert status.text(1.23401) == "ε 1.235 of 1.235"  # not of 1.234, which it would exceed
+
+
+def test_no_figure_shows_less_than_was_spent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(Axes, "legend", lambda self, **_: shown.extend(_texts(self)))
+    plot_epsilon(tmp_path / "e.png", [(0, 0), (1, 1.23401)], budget=1.23401, spent=(1, 1.23401))
+    assert "spent: ε ≤ 1.235" in shown
+    assert "budget ε = 1.235" in shown
+
+
+def _texts(axes: Axes) -> list[str]:
+    labels = axes.get_legend_handles_labels()[1]
+    return [*map(str, labels), *(text.get_text() for text in axes.texts)]
 
 
 def test_the_statement_counts_releases_not_planned_steps(run_of: Callable) -> None:
@@ -110,6 +136,28 @@ def test_the_statement_counts_releases_not_planned_steps(run_of: Callable) -> No
     assert (numbers["releases"], numbers["steps"]) == (3, 2)
     assert numbers["epsilon"]["upper"] == PLAN.epsilon_after(3).upper
     assert "After 3 noisy releases" in (root / "privacy_statement.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("length", "head", "message"),
+    [(3, None, "the end of the ledger was lost"), (1, "b" * 64, "is not the ledger")],
+)
+def test_no_statement_is_made_from_a_ledger_that_counts_less_than_the_checkpoint_saw(
+    run_of: Callable, length: int, head: str | None, message: str
+) -> None:
+    root = run_of(*_all(2))
+    progress = Progress(
+        step=length,
+        ledger_length=length,
+        ledger_head=head or ledger_head(RunFolder(root).ledger, 2),
+        recipe_digest="d",
+    )
+    checkpoint = RunFolder(root).checkpoints / f"step-{length:08d}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "checkpoint.json").write_text(json.dumps(asdict(progress)))
+    for write in (write_statement, write_report):
+        with pytest.raises(LedgerError, match=message):
+            write(root)
 
 
 def test_the_report_is_one_page_that_needs_no_other_file(run_of: Callable) -> None:

@@ -25,9 +25,11 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
+from veilspan.accounting import Ledger, LedgerError
 from veilspan.trainer.errors import TrainerError
 from veilspan.trainer.files import remove_folder, replace_folder, write_whole
 from veilspan.trainer.processes import Processes
+from veilspan.trainer.run_folder import RunFolder, ledger_head
 
 _PREFIX, _INFO, _FORMAT = "step-", "checkpoint.json", 1
 _WRAPPER = "_checkpoint_wrapped_module."
@@ -95,8 +97,7 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """Return the newest complete checkpoint, or None."""
-        found = [path for path in self._folder.glob(f"{_PREFIX}*") if (path / _INFO).is_file()]
-        return max(found, key=lambda path: int(path.name.removeprefix(_PREFIX)), default=None)
+        return newest_checkpoint(self._folder)
 
     def has(self, step: int) -> bool:
         """Return on every process whether the checkpoint of a step is there."""
@@ -165,8 +166,7 @@ class Checkpoints:
         return progress
 
     def _remove_old(self) -> None:
-        paths = sorted(self._folder.glob(f"{_PREFIX}*"))
-        for path in paths[: -self._keep]:
+        for path in _complete(self._folder)[: -self._keep]:
             remove_folder(path)
 
     def _writing(self, path: Path) -> AbstractContextManager[None]:
@@ -176,6 +176,42 @@ class Checkpoints:
                 "untouched. Free disk space or move the run folder, then start the same command "
                 "again; the run continues from the newest checkpoint."
             )
+        )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint of a folder of checkpoints, or None."""
+    return next(reversed(_complete(folder)), None)
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Return the complete checkpoints, oldest first; a copy under another name is none."""
+    found = {
+        int(digits): path
+        for path in folder.glob(f"{_PREFIX}*")
+        if (digits := path.name.removeprefix(_PREFIX)).isdecimal() and (path / _INFO).is_file()
+    }
+    return [found[step] for step in sorted(found)]
+
+
+def newest_progress(folder: RunFolder) -> Progress | None:
+    """Return what the newest checkpoint of a run says about itself, or None without any."""
+    newest = newest_checkpoint(folder.checkpoints)
+    return None if newest is None else read_progress(newest)
+
+
+def require_ledger_of(progress: Progress, ledger: Ledger, folder: RunFolder) -> None:
+    """Refuse a ledger that does not hold every release a checkpoint was made with.
+
+    Raises:
+        LedgerError: If the ledger was cut or comes from elsewhere: it counts too little.
+    """
+    ledger.require_at_least(progress.ledger_length)
+    if ledger_head(folder.ledger, progress.ledger_length) != progress.ledger_head:
+        raise LedgerError(
+            f"{folder.ledger} is not the ledger that the newest checkpoint was made with: release "
+            f"{progress.ledger_length} differs. Restore the right one, or start a new run; going "
+            "on would under-count the privacy spent."
         )
 
 

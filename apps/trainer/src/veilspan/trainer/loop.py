@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from veilspan.accounting import BudgetExceeded, Ledger, LedgerError
+from veilspan.accounting import BudgetExceeded, Ledger
 from veilspan.core import Draw, PrivateStep, poisson_batches
 from veilspan.trainer.assembly import (
     Parts,
@@ -26,7 +26,13 @@ from veilspan.trainer.assembly import (
     private_step,
     with_microbatch,
 )
-from veilspan.trainer.checkpoint import CheckpointError, Checkpoints, Progress, named_tensors
+from veilspan.trainer.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    Progress,
+    named_tensors,
+    require_ledger_of,
+)
 from veilspan.trainer.data import collate
 from veilspan.trainer.export import export_model
 from veilspan.trainer.monitor import Monitor
@@ -177,15 +183,8 @@ def _require_same_run(
             f"The newest checkpoint in {folder.checkpoints} belongs to another run. Remove it, or "
             "restore the checkpoints of this run."
         )
-    if ledger is None:
-        return
-    ledger.require_at_least(progress.ledger_length)
-    if ledger_head(folder.ledger, progress.ledger_length) != progress.ledger_head:
-        raise LedgerError(
-            f"{folder.ledger} is not the ledger that the newest checkpoint was made with: release "
-            f"{progress.ledger_length} differs. Restore the right one, or start a new run; going "
-            "on would under-count the privacy spent."
-        )
+    if ledger is not None:
+        require_ledger_of(progress, ledger, folder)
 
 
 def _steps(run: Run, key: bytes, first_step: int, monitor: Monitor) -> None:

@@ -110,7 +110,19 @@ def _load(folder: Path, config: PreTrainedConfig, dtype: torch.dtype, attention:
             f"The weights in {folder} lack {len(missing)} of the model's parameters, first "
             f"{missing[0]}; they would start at random. Complete the folder or its config.json."
         )
+    _require_saveable(folder, model)
     return model
+
+
+def _require_saveable(folder: Path, model: Any) -> None:
+    """Refuse before training what transformers would refuse to save after it."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        raise ModelError(
+            f"{folder / 'generation_config.json'} contradicts itself, so that the trained model "
+            f"could not be saved: {error} Correct or remove that file."
+        ) from error
 
 
 def _require_safetensors(folder: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.console import Console
 
+from veilspan.accounting.bounds import at_least
 from veilspan.core import PrivateStep
 from veilspan.core.support import Report
 from veilspan.trainer.assembly import Parts
@@ -51,8 +54,9 @@ def show_outcome(console: Console, folder: RunFolder, stop_reason: str | None) -
     if console.quiet:
         return
     with folder.read_ledger() as ledger:
-        spent, releases, budget = ledger.spent(), ledger.releases, ledger.budget_epsilon
-    rows = {"privacy": f"{spent} (budget {budget:.4g}), {releases} releases in the ledger"}
+        spent, releases = ledger.spent(), ledger.releases
+        budget = ledger.budget_epsilon or math.inf
+    rows = {"privacy": f"{spent} (budget {at_least(budget, 4)}), {releases} releases in the ledger"}
     losses = series(read_metrics(folder.metrics), "heldout_loss")
     if losses:
         rows["held-out loss"] = f"{losses[0][1]:.4f} → {losses[-1][1]:.4f} nats per token"

@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from veilspan.accounting.bounds import at_least, round_up
+
 BLUE, ORANGE, INK, GREY = "#1f5a96", "#b4551d", "#1b2530", "#8a94a0"
 _STYLE: Any = {
     "font.family": "sans-serif",
@@ -53,14 +55,14 @@ def plot_epsilon(path: Path, curve: Sequence[Point], *, budget: float, spent: Po
         axes.plot(*_columns(curve), color=BLUE, label="by the plan")
         axes.axhline(budget, color=ORANGE, linestyle=(0, (5, 3)), linewidth=1.5)
         axes.annotate(
-            f"budget ε = {budget:.4g}",
+            f"budget ε = {at_least(budget, 4)}",
             (0.0, budget),
             xycoords=("axes fraction", "data"),
             xytext=(6, 5),
             textcoords="offset points",
             color=ORANGE,
         )
-        axes.plot(*spent, "o", color=BLUE, markersize=7, label=f"spent: ε = {spent[1]:.4g}")
+        axes.plot(*spent, "o", color=BLUE, markersize=7, label=f"spent: ε ≤ {round_up(spent[1])}")
         axes.set(title="Privacy spent", xlabel="noisy releases", ylabel="ε (upper bound)")
         axes.set_ylim(0, 1.15 * max(budget, spent[1]))
         axes.set_xlim(left=0)

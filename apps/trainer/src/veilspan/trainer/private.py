@@ -34,8 +34,9 @@ from veilspan.trainer.microbatch import Microbatch, fastest_that_fits
 from veilspan.trainer.private_batches import PrivateTraining, Records
 from veilspan.trainer.processes import Processes
 from veilspan.trainer.recipe_errors import explain
+from veilspan.trainer.recipe_section import Section
 from veilspan.trainer.releases import ReleaseGate, Unobserved
-from veilspan.trainer.sections import Compute, Privacy, Section
+from veilspan.trainer.sections import Compute, Privacy
 
 _POSITIONS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # see records of many positions
 _Section = TypeVar("_Section", bound=Section)

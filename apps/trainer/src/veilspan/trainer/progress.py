@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from veilspan.accounting.bounds import round_up
+from veilspan.accounting.bounds import at_least, round_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Status:
 
     def text(self, budget: float) -> str:
         """Return the state as one line."""
-        parts = [f"ε {round_up(self.epsilon)} of {budget:.4g}"]
+        parts = [f"ε {round_up(self.epsilon)} of {at_least(budget, 4)}"]
         if self.heldout_loss is not None:
             parts.append(f"held-out loss {self.heldout_loss:.4f}")
         if self.tokens_per_second is not None:

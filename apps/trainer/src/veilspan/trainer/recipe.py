@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from veilspan.trainer.errors import RecipeError
 from veilspan.trainer.recipe_errors import explain
+from veilspan.trainer.recipe_section import Section
 from veilspan.trainer.recipe_toml import dumps
 from veilspan.trainer.sections import (
     Compute,
@@ -24,7 +25,6 @@ from veilspan.trainer.sections import (
     Parallel,
     Privacy,
     Run,
-    Section,
 )
 
 

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from veilspan.accounting import EpsilonBounds, LedgerEntry, PrivacyPlan
 from veilspan.accounting.bounds import at_least, at_most, round_up
+from veilspan.trainer.checkpoint import newest_progress, require_ledger_of
 from veilspan.trainer.files import write_whole
 from veilspan.trainer.metrics import PUBLIC_METRICS, read_metrics
 from veilspan.trainer.odds import detection_bounds, odds_factor
@@ -61,12 +62,16 @@ class Account:
 
 
 def read_account(folder: RunFolder) -> Account:
-    """Read a run's ledger, checking its chain.
+    """Read a run's ledger, checking its chain and that it covers the newest checkpoint.
 
     Raises:
-        LedgerError: If the ledger is missing or was altered.
+        LedgerError: If the ledger is missing, was altered, or counts less than the model has seen.
+        CheckpointError: If the newest checkpoint is damaged.
     """
+    progress = newest_progress(folder)  # before the ledger, which may grow meanwhile
     with folder.read_ledger() as ledger:
+        if progress is not None:
+            require_ledger_of(progress, ledger, folder)
         return Account(
             plan=ledger.plan,
             budget=ledger.budget_epsilon or math.inf,

@@ -5,15 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
+from pydantic import Field, StrictBool, field_validator, model_validator
 
-
-class Section(BaseModel):
-    """Immutable settings in which an unknown key is an error."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
-    )
+from veilspan.trainer.recipe_section import Section
+from veilspan.trainer.recipe_toml import dumps
 
 
 class Lora(Section):
@@ -54,6 +49,14 @@ class Model(Section):
             raise ValueError("give exactly one of path and config")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError('config needs model_type, for example model_type = "llama"')
+        for key, value in (self.config or {}).items():
+            try:
+                dumps({key: value})
+            except TypeError as error:
+                raise ValueError(
+                    f"config.{key} is {value!r}, which a recipe file cannot hold; leave it out for "
+                    "the model's default, or give texts, numbers, truth values, lists or tables"
+                ) from error
         return self
 
 

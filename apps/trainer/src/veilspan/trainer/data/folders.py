@@ -51,6 +51,8 @@ def list_files(
 ) -> list[Path]:
     """Return the files of a data set, sorted by their path below `path`.
 
+    A file with several names, through links, is there once: else one unit would count as several.
+
     Args:
         path: One file, which is returned alone, or a folder.
         key: Recipe key to name in errors.
@@ -75,7 +77,11 @@ def list_files(
         for file in _glob(path, pattern, "data.pattern")
         if file.is_file() and dropped.isdisjoint((file, *file.parents))
     )
-    return sorted(kept, key=lambda file: file.relative_to(path).as_posix())
+    by_place: dict[tuple[int, int], Path] = {}
+    for file in sorted(kept, key=lambda file: file.relative_to(path).as_posix()):
+        place = file.stat()
+        by_place.setdefault((place.st_dev, place.st_ino), file)
+    return list(by_place.values())
 
 
 def is_inside(path: Path, folder: Path) -> bool:

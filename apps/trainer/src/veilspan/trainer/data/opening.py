@@ -148,6 +148,14 @@ def _empty(data: Data) -> str:
     if data.train.is_dir():
         kind = _format(data, data.train, "data.train")
         wanted = data.pattern or PATTERNS.get(kind)
+        others = [
+            name for name in PATTERNS if name != kind and any(data.train.glob(PATTERNS[name]))
+        ]
+        if data.format == "auto" and data.pattern is None and others:
+            return (
+                f"{where}, a folder, of which format auto reads text files, {wanted}; it holds "
+                f"{PATTERNS[others[0]]}: set data.format to {others[0]}."
+            )
         if wanted is not None:
             return (
                 f"{where}, a folder in which no row is left to train on: files {wanted} without "

@@ -109,8 +109,7 @@ class Records:
                 text,
                 add_special_tokens=False,
                 split_special_tokens=True,  # text that spells a special token stays text
-                truncation=True,
-                max_length=most,
+                verbose=False,  # no note that a text is long: its length is private
             )["input_ids"]
             if len(tokens) >= most:
                 break

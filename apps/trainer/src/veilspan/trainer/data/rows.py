@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -237,17 +239,25 @@ def _cell(scalar: Any) -> str:
 
 
 def _user(value: object, column: str) -> str:
-    """Return one text for all spellings of a user, so that 7 and 7.0 are one user."""
+    """Return one text for all spellings of a user, so that 7 and 7.0 are one user.
+
+    Blanks around a name do not count, nor how Unicode composes an accent (NFC): a user taken for
+    two would be protected less, two users taken for one are protected together.
+    """
     if isinstance(value, Mapping | list):
         raise DataError(f"Column {column!r} must hold texts or numbers; some row has {{…}} or […].")
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float | Decimal) and value == value and value % 1 == 0:
         value = int(value)
-    if value is None or value != value or not str(value).strip():  # NaN is not itself
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "backslashreplace")
+    name = "" if value is None or value != value else str(value)  # NaN is not itself
+    name = unicodedata.normalize("NFC", name).strip()
+    if not name:
         raise DataError(
             f"Column {column!r} names no user in some row; every row needs one, because a row "
             "without a user would be protected as nobody's."
         )
-    return str(value)
+    return name
 
 
 def _opened(path: Path) -> Any:
