@@ -63,7 +63,8 @@ def test_kernels_need_no_more_than_recorded(table: str) -> None:
 def test_aligned_operands_are_loaded_128_bits_at_once(table: str, start: str, kind: str) -> None:
     record = json.loads(RECORD.read_text())[table]
     found = [set(row["loads"]) for name, row in record.items() if name.startswith(start)]
-    assert found and all(kind in loads for loads in found)
+    assert found
+    assert all(kind in loads for loads in found)
     if kind.startswith("LDGSTS"):  # every operand comes through the pipeline
         assert all(loads == {kind} for loads in found)
 
