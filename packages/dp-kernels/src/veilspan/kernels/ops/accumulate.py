@@ -23,7 +23,7 @@ from veilspan.kernels.checks import (
     without_tiny,
 )
 from veilspan.kernels.compat import jit, runs_kernels, tl
-from veilspan.kernels.launch import Compilation, configuration, configurations
+from veilspan.kernels.launch import UNCAPTURED, Compilation, configuration, configurations
 from veilspan.kernels.roofline import Work
 
 __all__ = ["accumulate_", "squared_norm"]
@@ -164,7 +164,7 @@ def _accumulate_kernel(
     tl.store(partials + program, tl.sum(squares))
 
 
-@torch.library.custom_op("veilspan::squared_norm", mutates_args=())
+@torch.library.custom_op("veilspan::squared_norm", mutates_args=(), tags=UNCAPTURED)
 def _squared_norm(gradients: list[Tensor]) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
     for alike, _ in _alike(gradients, gradients):
@@ -180,7 +180,7 @@ def _(gradients: list[Tensor]) -> Tensor:
     return gradients[0].new_empty((), dtype=torch.float64)
 
 
-@torch.library.custom_op("veilspan::accumulate_", mutates_args=("totals",))
+@torch.library.custom_op("veilspan::accumulate_", mutates_args=("totals",), tags=UNCAPTURED)
 def _accumulate(
     totals: list[Tensor], gradients: list[Tensor], factor: Tensor, grain: float
 ) -> Tensor:
