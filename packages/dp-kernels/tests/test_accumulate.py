@@ -190,3 +190,10 @@ def test_torch_compile_sees_the_ops_without_graph_breaks(device: torch.device) -
         torch.ops.veilspan.accumulate_.default,
         ([total], [part], torch.tensor(1.0, device=device), 0.0),
     )
+
+
+@pytest.mark.parametrize(
+    "op", ["accumulate_", "add_noise_", "fused_head", "layerwise_clip_", "squared_norm"]
+)
+def test_ops_that_copy_from_the_host_stay_out_of_cuda_graphs(op: str) -> None:
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.veilspan, op).default.tags

@@ -47,7 +47,26 @@ def test_kernels_need_no_more_than_recorded(table: str) -> None:
         assert row["shared"] <= SHARED_LIMIT[table], f"{name} does not fit"
         if same_triton:  # another one needs other numbers of registers
             assert row["occupancy"] >= recorded[name]["occupancy"], f"{name} fits fewer threads"
+            assert row["loads"] == recorded[name]["loads"], f"{name} loads otherwise"
         assert bool(row["tensor_cores"]) == bool(recorded[name]["tensor_cores"]), name
+
+
+@pytest.mark.parametrize("table", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        *((f"accumulate {kind}", "LDG.E.128") for kind in ("norm", "fp32", "int64")),
+        ("embedding_inner", "LDG.E.128"),
+        *((op, "LDGSTS.E.128") for op in ("direct_norm bf16 128x128", "gram_norm bf16 128")),
+    ],
+)
+def test_aligned_operands_are_loaded_128_bits_at_once(table: str, start: str, kind: str) -> None:
+    record = json.loads(RECORD.read_text())[table]
+    found = [set(row["loads"]) for name, row in record.items() if name.startswith(start)]
+    assert found
+    assert all(kind in loads for loads in found)
+    if kind.startswith("LDGSTS"):  # every operand comes through the pipeline
+        assert all(loads == {kind} for loads in found)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,45 @@ def test_a_norm_that_cancellation_hides_is_never_too_small(
     assert float(found - true) <= 1e-4 * float(true) + (1e-5 * float(size)) ** 2
 
 
+def on_tensor_cores(left_KM: Tensor, right_KN: Tensor) -> Tensor:
+    """Return leftᵀ·right as an A100 sums it: terms are aligned to the largest and cut, 8 at a time.
+
+    Source: Fasi, Higham, Mikaitis, Pranesh (2021), https://doi.org/10.7717/peerj-cs.330.
+    """
+
+    def cut(terms: Tensor, largest: Tensor, bits: int) -> Tensor:
+        unit = torch.exp2(largest.abs().clamp(min=1e-30).log2().floor() - bits)
+        return (terms / unit).trunc() * unit
+
+    total = left_KM.new_zeros((1, left_KM.shape[1], right_KN.shape[1]))
+    for left, right in zip(left_KM.split(8), right_KN.split(8), strict=True):
+        terms = torch.cat([total, left[:, :, None] * right[:, None, :]])
+        found = cut(terms, terms.abs().amax(0), 24).sum(0, keepdim=True)
+        total = cut(found, found, 23)
+    return total[0]
+
+
+@pytest.mark.parametrize("form", ["direct", "gram"])
+def test_a_norm_covers_what_tensor_cores_cut_off(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They never round up, so in long sums of terms that agree the loss grows with the length."""
+    length = 8192
+    tokens, width = (length, 2) if form == "direct" else (2, length)
+    act_BTI = (1.0 + 0.3 * random(1, tokens, width)).bfloat16()
+    grad_BTO = (1.0 + 0.3 * random(1, tokens, width, seed=1)).bfloat16()
+    act, grad = act_BTI[0].double(), grad_BTO[0].double()
+    if form == "direct":
+        cut = on_tensor_cores(grad, act).square().sum()
+    else:
+        cut = (on_tensor_cores(act.mT, act.mT) * on_tensor_cores(grad.mT, grad.mT)).sum()
+    true = (grad.mT @ act).square().sum()
+    assert float(cut) < (1 - 2.0**-18) * float(true)
+    monkeypatch.setattr(f"veilspan.kernels.kernel.{form}_norm", lambda *_: cut[None])
+    found, _ = getattr(TritonKernel(), f"sq_norm_{form}")(act_BTI, grad_BTO)
+    assert float(true) * (1 - 2.0**-18) <= float(found) <= 1.004 * float(true)
+
+
 @pytest.mark.parametrize("backward", ["per_sample", "bookkeeping", "two_pass", "per_layer"])
 @pytest.mark.parametrize("norms", ["direct", "gram"])
 def test_a_private_step_equals_that_of_the_default_kernel(

@@ -30,6 +30,7 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 _REGISTERS = 65536  # of one multiprocessor
 _THREADS = 2048
 _TENSOR_CORES = ("HGMMA", "HMMA", "DMMA", "v_mfma_f")
+_LOADS = re.compile(r"\b(LDG(?:STS)?\.E)(?:\.(?:BYPASS|LTC128B))*((?:\.[US]?\d+)?)\b")
 _AMD = "gfx942"
 
 
@@ -44,6 +45,8 @@ class Resources:
         warps: Warps of a program.
         occupancy: Threads resident on a multiprocessor over the most that there can be.
         tensor_cores: Tensor-core instructions in the machine code.
+        loads: Kinds of loads from global memory; the fast ones end in 128, bits at once, and a loop
+            that is pipelined has LDGSTS. Empty for AMD.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Resources:
     warps: int
     occupancy: float
     tensor_cores: int
+    loads: tuple[str, ...] = ()
 
 
 def compilations(table: str) -> Iterator[Compilation]:
@@ -133,6 +137,7 @@ def _resources(compilation: Compilation, binary: Any, table: str) -> Resources:
         warps=warps,
         occupancy=occupancy(int(registers[1]), shared, warps, table),
         tensor_cores=sum(len(re.findall(rf"\b{name}", code)) for name in _TENSOR_CORES),
+        loads=tuple(sorted({"".join(found) for found in _LOADS.findall(code)})),
     )
 
 

@@ -38,8 +38,9 @@ class TritonKernel:
 
     Guarantee:
         A squared norm is never below that of the exact gradient by more than a relative 2⁻¹⁸: each
-        carries a guard for the rounding of sums that cancel, and the Gram form falls back to the
-        direct form where cancellation hides the norm.
+        carries a guard for the rounding of sums that cancel, and one for what tensor cores cut off
+        products of 16-bit operands, and the Gram form falls back to the direct form where
+        cancellation hides the norm.
 
     Examples:
         >>> act_BTI, grad_BTO = torch.ones(1, 2, 3), torch.ones(1, 2, 4)
@@ -53,7 +54,7 @@ class TritonKernel:
         act_BTI = _alike(act_BTI, grad_BTO)
         size_B = _magnitudes(act_BTI, grad_BTO)
         guard_B = _rounding(act_BTI) * size_B
-        return direct_norm(act_BTI, grad_BTO) + guard_B.square(), size_B
+        return self._direct(act_BTI, grad_BTO) + guard_B.square(), size_B
 
     def sq_norm_gram(self, act_BTI: Tensor, grad_BTO: Tensor) -> tuple[Tensor, Tensor]:
         """Return ⟨AAᵀ, GGᵀ⟩ and Σ_t ‖a_t‖‖g_t‖ per sample, `[B]` fp64, without a `[T, T]` buffer.
@@ -65,9 +66,10 @@ class TritonKernel:
         size_B = _magnitudes(act_BTI, grad_BTO)
         sq_B = gram_norm(act_BTI, grad_BTO)
         hidden_B = ~(sq_B >= GRAM_CANCELLATION * size_B.square())  # NaN too
+        features = act_BTI.shape[2] + grad_BTO.shape[2]
+        sq_B = sq_B * (1.0 + _cut_off(features, act_BTI))
         if bool(hidden_B.any()):
-            sq_B = sq_B.clone()
-            sq_B[hidden_B] = direct_norm(act_BTI[hidden_B], grad_BTO[hidden_B])
+            sq_B[hidden_B] = self._direct(act_BTI[hidden_B], grad_BTO[hidden_B])
         return sq_B + (_rounding(act_BTI) * size_B).square(), size_B
 
     def per_sample_grad(
@@ -125,6 +127,10 @@ class TritonKernel:
         flat_Brc = grad_Bx.reshape(len(grad_Bx), rows, columns)
         weighted_sum(flat_Brc, factor_B, total=total.view(rows, columns))
 
+    def _direct(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
+        shortening = _cut_off(act_BTI.shape[1], act_BTI)
+        return direct_norm(act_BTI, grad_BTO) * (1.0 + shortening) ** 2
+
 
 def _alike(act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
     """Return the input in the dtype of the output gradient, as autograd would use it."""
@@ -140,6 +146,18 @@ def _rounding(act_BTI: Tensor) -> float:
     """
     eps = torch.finfo(torch.float64 if act_BTI.dtype == torch.float64 else torch.float32).eps
     return 8.0 * math.sqrt(act_BTI.shape[1]) * eps / 2
+
+
+def _cut_off(length: int, operand: Tensor) -> float:
+    """Return how much shorter, relatively, tensor cores make a sum of `length` terms.
+
+    They align up to 16 terms to the largest and cut off what lies below 24 bits, toward zero, so
+    the loss is no random walk; a term costs less than 2⁻²⁴ of a sum that grows. Only 16-bit
+    operands meet them, and the bound holds on every device, so that factors do not depend on it.
+
+    Source: Fasi, Higham, Mikaitis, Pranesh (2021), https://doi.org/10.7717/peerj-cs.330.
+    """
+    return length * 2.0**-24 if operand.dtype.itemsize == 2 else 0.0
 
 
 def _magnitudes(act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:

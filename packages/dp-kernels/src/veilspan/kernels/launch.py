@@ -22,6 +22,9 @@ from veilspan.kernels.compat import INTERPRETED
 ARCHITECTURES = ("sm_90", "sm_80")
 """GPU architectures with tables of their own, newest first."""
 
+UNCAPTURED = (torch.Tag.cudagraph_unsafe,)
+"""Tags of ops that copy numbers from the host, as a CUDA graph cannot: Inductor leaves them out."""
+
 _SHARED_SM_90 = 227 * 1024
 """Shared memory that a program may have on an H100, bytes; what came later may have less."""
 

@@ -19,6 +19,7 @@ from veilspan.kernels.launch import Compilation, Configuration, configuration, c
 __all__ = [
     "accumulator",
     "exact_products",
+    "has_odd_rows",
     "operands",
     "plan",
     "product",
@@ -76,17 +77,17 @@ def tile_product(  # noqa: PLR0913 - a kernel takes every address, stride and bl
     token = tl.arange(0, BLOCK_T)
     output = row * BLOCK_O + tl.arange(0, BLOCK_O)
     feature = column * BLOCK_I + tl.arange(0, BLOCK_I)
-    grads = grad + token[:, None] * grad_token + output[None, :]
+    grads = grad + token[None, :] * grad_token + output[:, None]
     acts = act + token[:, None] * act_token + feature[None, :]
     tile = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     for start in range(0, tokens, BLOCK_T):
-        there = token[:, None] < tokens - start
-        g = tl.load(grads, mask=there & (output[None, :] < outputs), other=0.0)
-        a = tl.load(acts, mask=there & (feature[None, :] < inputs), other=0.0)
+        there = token < tokens - start
+        g = tl.load(grads, mask=there[None, :] & (output[:, None] < outputs), other=0.0)
+        a = tl.load(acts, mask=there[:, None] & (feature[None, :] < inputs), other=0.0)
         if UPCAST:  # the interpreter computes wrongly in bf16; products of bf16 are exact in fp32
             g = g.to(tl.float32)
             a = a.to(tl.float32)
-        tile = tl.dot(tl.trans(g), a, tile, input_precision="ieee")  # never TF32
+        tile = tl.dot(g, a, tile, input_precision="ieee")  # never TF32
         grads += BLOCK_T * grad_token
         acts += BLOCK_T * act_token
     return tile
@@ -122,9 +123,17 @@ def plan(op: str, act_BTI: Tensor, grad_BTO: Tensor, *results: Tensor) -> Config
         inputs=inputs,
         outputs=grad_BTO.shape[2],
         bytes=torch.promote_types(act_BTI.dtype, grad_BTO.dtype).itemsize,
-        odd=int(any(_odd(tensor) for tensor in tensors)),
+        odd=int(any(has_odd_rows(tensor) for tensor in tensors)),
     )
     return chosen if chosen.route == "kernel" else None
+
+
+def has_odd_rows(tensor: Tensor) -> bool:
+    """Return whether Triton cannot know that rows are aligned, and must load element by element."""
+    starts = [tensor.shape[-1]]
+    if _neighbours(tensor):  # otherwise it is copied first
+        starts += [tensor.data_ptr(), *tensor.stride()[:-1]]
+    return any(start % 16 for start in starts)
 
 
 def operands(act_BTI: Tensor, grad_BTO: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,11 +283,3 @@ def _dense(tensor: Tensor) -> Tensor:
 
 def _neighbours(tensor: Tensor) -> bool:
     return tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
-
-
-def _odd(tensor: Tensor) -> bool:
-    """Return whether Triton cannot know that rows are aligned, and must load element by element."""
-    starts = [tensor.shape[-1]]
-    if _neighbours(tensor):  # otherwise it is copied first
-        starts += [tensor.data_ptr(), *tensor.stride()[:-1]]
-    return any(start % 16 for start in starts)

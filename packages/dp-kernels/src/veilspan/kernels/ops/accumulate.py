@@ -23,7 +23,7 @@ from veilspan.kernels.checks import (
     without_tiny,
 )
 from veilspan.kernels.compat import jit, runs_kernels, tl
-from veilspan.kernels.launch import Compilation, configuration, configurations
+from veilspan.kernels.launch import UNCAPTURED, Compilation, configuration, configurations
 from veilspan.kernels.roofline import Work
 
 __all__ = ["accumulate_", "squared_norm"]
@@ -134,10 +134,11 @@ def _accumulate_kernel(
         high = tl.where(begun, high, middle)
     gradient = tl.load(table + 4 * low).to(tl.pointer_type(GRADIENT))
     total = tl.load(table + 4 * low + 1).to(tl.pointer_type(TOTAL))
-    if ALIGNED:
+    length = tl.load(table + 4 * low + 3)
+    if ALIGNED:  # else no load could be wider than an element, whose mask may differ from the next
         gradient = tl.multiple_of(gradient, 16)
         total = tl.multiple_of(total, 16)
-    length = tl.load(table + 4 * low + 3)
+        length = tl.multiple_of(length, 16)
     index = (program - tl.load(table + 4 * low + 2)) * (BLOCK * STEPS) + tl.arange(0, BLOCK)
     scale = tl.load(factor)
     # A factor of 0 drops the sample, finite or not, so nothing of it is even read.
@@ -163,7 +164,7 @@ def _accumulate_kernel(
     tl.store(partials + program, tl.sum(squares))
 
 
-@torch.library.custom_op("veilspan::squared_norm", mutates_args=())
+@torch.library.custom_op("veilspan::squared_norm", mutates_args=(), tags=UNCAPTURED)
 def _squared_norm(gradients: list[Tensor]) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
     for alike, _ in _alike(gradients, gradients):
@@ -179,7 +180,7 @@ def _(gradients: list[Tensor]) -> Tensor:
     return gradients[0].new_empty((), dtype=torch.float64)
 
 
-@torch.library.custom_op("veilspan::accumulate_", mutates_args=("totals",))
+@torch.library.custom_op("veilspan::accumulate_", mutates_args=("totals",), tags=UNCAPTURED)
 def _accumulate(
     totals: list[Tensor], gradients: list[Tensor], factor: Tensor, grain: float
 ) -> Tensor:
@@ -212,7 +213,7 @@ def _launch(
     for gradient, total in zip(gradients, totals, strict=True):
         table.append((gradient.data_ptr(), total.data_ptr(), programs, gradient.numel()))
         programs += -(-gradient.numel() // span)
-    aligned = all(address % 16 == 0 for row in table for address in row[:2])
+    aligned = all(number % 16 == 0 for *places, _, length in table for number in (*places, length))
     partials = torch.empty(max(programs, 1), dtype=torch.float64, device=device)
     if programs == 0:
         return partials.zero_().sum()
@@ -249,10 +250,12 @@ def _squared(values: Tensor) -> Tensor:
 def _alike(
     gradients: Sequence[Tensor], totals: Sequence[Tensor]
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Yield gradients of one dtype with their totals of one dtype."""
-    pairs = list(zip(gradients, totals, strict=True))
-    for kind in dict.fromkeys((gradient.dtype, total.dtype) for gradient, total in pairs):
-        chosen = [pair for pair in pairs if (pair[0].dtype, pair[1].dtype) == kind]
+    """Yield gradients of one dtype with their totals of one dtype; odd lengths slow no others."""
+    kinds: dict[object, list[tuple[Tensor, Tensor]]] = {}
+    for pair in zip(gradients, totals, strict=True):
+        kind = (pair[0].dtype, pair[1].dtype, pair[0].numel() % 16 == 0)
+        kinds.setdefault(kind, []).append(pair)
+    for chosen in kinds.values():
         yield [gradient for gradient, _ in chosen], [total for _, total in chosen]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from veilspan.kernels.checks import require_dtype, require_together
 from veilspan.kernels.compat import jit, runs_kernels, tl
-from veilspan.kernels.launch import Compilation, configuration, configurations
+from veilspan.kernels.launch import UNCAPTURED, Compilation, configuration, configurations
 from veilspan.kernels.normals import REFINED_BELOW, normals, normals_kernel
 from veilspan.kernels.roofline import Work
 from veilspan.kernels.streams import (
@@ -172,7 +172,7 @@ def _add_noise_kernel(
         _add_pairs(tensor + begin, column, first, last, stddev, scale, words, words, False, COLUMNS)
 
 
-@torch.library.custom_op("veilspan::add_noise_", mutates_args=("tensor",))
+@torch.library.custom_op("veilspan::add_noise_", mutates_args=("tensor",), tags=UNCAPTURED)
 def _add_noise(
     tensor: Tensor, subkey: Tensor, stddev: float, scale: float, offset: int, stream: str
 ) -> None:

@@ -87,15 +87,14 @@ def _inner_kernel(
     sample = program // parts
     row = (program % parts) * ROWS + tl.arange(0, ROWS)
     token = tl.load(ids + sample * tokens + row, mask=row < tokens, other=-1)
-    # Where nothing counts no column is within reach, so nothing is read.
-    reach = tl.where(token >= 0, width, 0)[:, None]
+    counts = (token >= 0)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     grad_at = grad + sample * grad_stride_b + row[:, None] * grad_stride_t + column
     table_at = table + sample * table_stride_b + token[:, None] * table_stride_v + column
     sums = tl.zeros((ROWS, BLOCK), tl.float64)
     for _ in range(STEPS):
-        one = tl.load(grad_at, mask=column < reach, other=0.0).to(tl.float32)
-        two = tl.load(table_at, mask=column < reach, other=0.0).to(tl.float32)
+        one = tl.load(grad_at, mask=counts & (column < width), other=0.0).to(tl.float32)
+        two = tl.load(table_at, mask=counts & (column < width), other=0.0).to(tl.float32)
         sums += one.to(tl.float64) * two.to(tl.float64)
         column += BLOCK
         grad_at += BLOCK

@@ -19,6 +19,7 @@ from veilspan.kernels.checks import (
     require_shape,
     require_together,
 )
+from veilspan.kernels.launch import UNCAPTURED
 from veilspan.kernels.operands import wide_dtype
 from veilspan.kernels.ops.accumulate import accumulate_
 from veilspan.kernels.roofline import Work
@@ -174,7 +175,7 @@ def work(tokens: int, vocabulary: int, width: int, *, element_bytes: int = 2) ->
     return Work(flops=6.0 * tokens * vocabulary * width, bytes=moved)
 
 
-@torch.library.custom_op("veilspan::fused_head", mutates_args=())
+@torch.library.custom_op("veilspan::fused_head", mutates_args=(), tags=UNCAPTURED)
 def _fused_head(
     hidden_BTD: Tensor,
     weight_VD: Tensor,

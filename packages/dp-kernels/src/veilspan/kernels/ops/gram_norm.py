@@ -16,7 +16,7 @@ from veilspan.kernels.checks import require_dtype, require_linear, require_shape
 from veilspan.kernels.compat import INTERPRETED, jit, runs_kernels, tl
 from veilspan.kernels.launch import Compilation, configuration, configurations
 from veilspan.kernels.roofline import Work
-from veilspan.kernels.tiles import accumulator, exact_products, operands
+from veilspan.kernels.tiles import accumulator, exact_products, has_odd_rows, operands
 
 __all__ = ["gram_inner", "gram_norm"]
 
@@ -231,6 +231,7 @@ def _launch(
         "gram_norm",
         act_left.device,
         bytes=max(act_left.element_size(), grad_left.element_size()),
+        odd=int(any(map(has_odd_rows, (act_left, grad_left, act_right, grad_right)))),
     )
     side = chosen.blocks["BLOCK_T"]
     down, across = -(-rows // side), -(-columns // side)
@@ -297,16 +298,16 @@ def compilations(table: str) -> Iterator[Compilation]:
             sides = ("left", "right")
             pointers = [f"{kind}_{side}" for side in sides for kind in ("act", "grad")]
             strides = [f"{pointer}_{axis}" for pointer in pointers for axis in ("sample", "token")]
+            tokens, widths = ("tiles", "rows", "columns"), ("inputs", "outputs")
             yield Compilation(
                 name=f"{name} {dtype}",
                 kernel=_gram_kernel,
                 signature={
                     **dict.fromkeys(pointers, f"*{dtype}"),
                     "partials": "*fp32",
-                    **dict.fromkeys(("rows", "columns", "inputs", "outputs", "tiles"), "i32"),
-                    **dict.fromkeys(strides, "i32"),
+                    **dict.fromkeys((*tokens, *widths, *strides), "i32"),
                 },
                 constants={"HALF": half, "UPCAST": False, **chosen.blocks},
                 chosen=chosen,
-                odd=("tiles", "rows", "columns"),
+                odd=tokens if chosen.up_to.get("odd") == 0 else (*tokens, *widths, *strides),
             )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from veilspan.kernels.checks import require_linear, require_together, require_total
 from veilspan.kernels.compat import INTERPRETED, jit, tl
-from veilspan.kernels.launch import Compilation, Configuration
+from veilspan.kernels.launch import UNCAPTURED, Compilation, Configuration
 from veilspan.kernels.roofline import Work
 from veilspan.kernels.tiles import (
     operands,
@@ -142,7 +142,7 @@ def _layerwise_clip_kernel(
     tl.store(clipped + place, tile * factor.to(tl.float32), mask=there)
 
 
-@torch.library.custom_op("veilspan::layerwise_clip_", mutates_args=("total_OI",))
+@torch.library.custom_op("veilspan::layerwise_clip_", mutates_args=("total_OI",), tags=UNCAPTURED)
 def _layerwise_clip(
     total_OI: Tensor, act_BTI: Tensor, grad_BTO: Tensor, clip_norm: float
 ) -> Tensor:
