@@ -125,6 +125,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_two(capsys, arguments, messag
     [
         (["epsilon", "--noise-multiplier", "much", *SAMPLING], "'much' is not a number"),
         (["epsilon", "--noise-multiplier", "1/0", *SAMPLING], "'1/0' is not a number"),
+        (["epsilon", "--noise-multiplier", f"1{'0' * 400}/1", *SAMPLING], "00/1' is not a number"),
         (["guess"], "guess"),
         ([], "COMMAND"),
         (["noise", "--target-epsilon", "1"], "--sampling-probability"),

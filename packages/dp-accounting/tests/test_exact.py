@@ -334,3 +334,9 @@ def test_numeric_trouble_ends_in_a_looser_bound_that_names_its_engine():
     assert "Rényi" in bounds.method
     assert bounds.lower == 0.0
     assert bounds.upper > 1000
+
+
+@pytest.mark.parametrize("q", [5e-324, 1e-300])
+def test_hardly_any_sampling_costs_next_to_nothing(q):
+    mechanism = SampledGaussian(noise_multiplier=1.0, sampling_probability=q, steps=100)
+    assert CertifiedEngine().epsilon(mechanism, 1e-5).upper < 5e-3

@@ -104,6 +104,7 @@ def test_nothing_to_release_needs_no_noise():
         ({"delta": 0.0}, "delta is 0.0"),
         ({"sampling_probability": 1.5}, "sampling_probability is 1.5"),
         ({"steps": 10.5}, "steps is 10.5"),
+        ({"clip_norm": 10**400}, "clip_norm is beyond the range of a double"),
         ({"relation": "replace_one"}, "relation is 'replace_one'"),
     ],
 )
@@ -121,8 +122,17 @@ def test_unreachable_or_senseless_targets_are_refused_by_name(change, message):
         ({"noise_multiplier": math.nan}, "noise_multiplier is nan"),
         ({"noise_multiplier": "1"}, "noise_multiplier is '1'"),
         ({"noise_multiplier": True}, "noise_multiplier is True"),
+        ({"noise_multiplier": 10**400}, "noise_multiplier is beyond the range of a double"),
+        ({"noise_multiplier": 1e-160}, "noise_multiplier is 1e-160; .* from 1e-60"),
+        ({"noise_multiplier": 1e200}, r"noise_multiplier is 1e\+200; .* to 1e\+60"),
         ({"sampling_probability": -0.1}, "sampling_probability is -0.1"),
+        ({"delta": 10**400}, "delta is beyond the range of a double"),
         ({"steps": -1}, "steps is -1"),
+        ({"steps": 10**400}, r"steps is above 10\^15"),
+        (
+            {"sampling": "truncated_poisson", "batch_cap": 5, "most_records": 10**400},
+            r"most_records is above 10\^15",
+        ),
         ({"steps": True}, "steps is True"),
         ({"delta": 1.0}, "delta is 1.0"),
         ({"clip_norm": 0.0}, "clip_norm is 0.0"),
@@ -148,7 +158,7 @@ def test_pitfall_28_sampling_probability_and_steps_are_taken_as_given(n):
 
 
 @given(
-    sigma=st.floats(0.0, 1e3),
+    sigma=st.just(0.0) | st.floats(1e-60, 1e60),
     q=st.floats(0.0, 1.0),
     steps=st.integers(0, 10**9),
     delta=st.floats(1e-30, 0.99),

@@ -234,6 +234,26 @@ def test_curve_command_prints_a_monotone_curve(capsys, kind):
     assert capsys.readouterr().out.count("\n") >= 6
 
 
+@pytest.mark.parametrize(("sigma", "points"), [("0.08", "20"), ("0.1", "9"), ("0.2", "11")])
+def test_every_printed_delta_holds_at_the_printed_epsilon(capsys, sigma, points):
+    whole = ["--sampling-probability", "1", "--steps", "1", "--delta", "1e-9"]
+    command = ["curve", "--of", "delta", "--points", points, "--noise-multiplier", sigma]
+    assert main([*command, *whole]) == 0
+    for row in capsys.readouterr().out.splitlines()[1:]:
+        epsilon, delta = map(float, row.split())
+        exact = math.exp(gaussian_log_delta(epsilon, 1 / float(sigma)))
+        assert exact <= delta * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("sigma", "points"), [("0.3", "20"), ("0.5", "20"), ("0.6", "12")])
+def test_every_printed_miss_holds_at_the_printed_false_alarm(capsys, sigma, points):
+    whole = ["--sampling-probability", "1", "--steps", "1", "--delta", "1e-6"]
+    assert main(["curve", "--points", points, "--noise-multiplier", sigma, *whole]) == 0
+    for row in capsys.readouterr().out.splitlines()[1:-1]:
+        alarms, misses = map(float, row.split())
+        assert misses <= ndtr(-ndtri(alarms) - 1 / float(sigma))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -179,6 +179,14 @@ def test_more_noise_fewer_steps_and_smaller_batches_cost_less(share, sigma, step
     assert epsilon(mechanism(share, sigma, max(steps - steps // 20, 1)), 1e-6).upper <= base
 
 
+@pytest.mark.parametrize("sigma", [0.395, 0.385])
+def test_calibration_sees_an_epsilon_as_small_as_a_plan_does(sigma):
+    few = mechanism(5.44e-5, sigma, 8)
+    whole = CertifiedEngine().epsilon(few, 3.7e-4).upper
+    quick = CertifiedEngine(pld=PldEngine(one_sided=True)).epsilon(few, 3.7e-4).upper
+    assert whole <= quick <= whole * 1.001
+
+
 def test_nothing_and_no_noise_have_their_exact_answers():
     assert CertifiedEngine().epsilon(mechanism(0.1, 0.0), 1e-5).upper == math.inf
     assert CertifiedEngine().delta(mechanism(0.1, 0.0, 2), 1.0).lower == pytest.approx(0.19)

@@ -131,7 +131,7 @@ def _number(text: str) -> float:
     """Read a number or a fraction such as 1/512."""
     try:
         return float(Fraction(text)) if "/" in text else float(text)
-    except (ValueError, ZeroDivisionError) as error:
+    except (ValueError, ArithmeticError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from veilspan.accounting.bounds import at_most, round_up, round_up_short
 from veilspan.accounting.plan import PrivacyPlan
@@ -111,7 +112,7 @@ def answer_curve(options: argparse.Namespace) -> Answer:
 
 
 def _tradeoff(plan: PrivacyPlan, points: int) -> Answer:
-    rates = tuple(float(rate) for rate in np.geomspace(1e-6, 0.5, points))
+    rates = tuple(_as_printed(np.geomspace(1e-6, 0.5, points), 4))
     curve = plan.tradeoff()
     report = {"curve": "tradeoff", **curve.to_dict(rates), "advantage": curve.largest_advantage}
     rows = [
@@ -125,10 +126,16 @@ def _tradeoff(plan: PrivacyPlan, points: int) -> Answer:
 
 def _delta(plan: PrivacyPlan, points: int) -> Answer:
     largest = 1.5 * plan.epsilon().upper
-    pairs = [(float(e), plan.delta_at(float(e)).upper) for e in np.linspace(0, largest, points)]
+    places = _as_printed(np.linspace(0, largest, points), 6)
+    pairs = [(e, plan.delta_at(e).upper) for e in places]
     report = {"curve": "delta", "epsilon": [e for e, _ in pairs], "delta": [d for _, d in pairs]}
     rows = [f"{e:<14.6g} {round_up_short(d)}" for e, d in pairs]
     return report, "\n".join(["ε              δ, at most", *rows])
+
+
+def _as_printed(places: NDArray[np.float64], digits: int) -> list[float]:
+    """Return places with no more digits than are printed: a bound holds where it stands."""
+    return [float(f"{place:.{digits}g}") for place in places]
 
 
 def _epsilon(plan: PrivacyPlan, points: int) -> Answer:

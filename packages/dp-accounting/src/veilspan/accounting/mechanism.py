@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, replace
 
 from veilspan.accounting.sketched import SketchedClip
@@ -10,6 +11,7 @@ from veilspan.accounting.sketched import SketchedClip
 RELATIONS = ("add_remove", "replace")
 _DRAWS = ("poisson", "without_replacement")
 _MOST_RECORDS_PER_UNIT = 1_000_000
+_LARGEST_COUNT = 10**15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +183,10 @@ def check_number(name: str, value: object) -> float:
     Raises:
         ValueError: If it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise ValueError(f"{name} is {value!r}; it must be a number.")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"{name} is beyond the range of a double; it must be a number in it.")
     return value
 
 
@@ -193,9 +197,11 @@ def check_probability(name: str, value: object) -> None:
 
 
 def check_count(name: str, value: object) -> None:
-    """Raise `ValueError` unless `value` is a whole number of at least 0."""
+    """Raise `ValueError` unless `value` is a whole number from 0 to 10^15."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 0.")
+    if value > _LARGEST_COUNT:
+        raise ValueError(f"{name} is above 10^15; it must be at most that.")
 
 
 def check_delta(value: object) -> None:

@@ -158,8 +158,6 @@ class PrivacyPlan:
             "norms": norms,
             "records_per_unit": records_per_unit,
         }
-        if not (isinstance(clip_norm, (int, float)) and math.isfinite(clip_norm)):
-            raise ValueError(f"clip_norm is {clip_norm}; it must be finite where noise is added.")
         draft = cls(noise_multiplier=1.0, **rest)  # refuses other arguments before the search
         bracket = find_noise(draft.mechanism(steps), target_epsilon, delta)
         return cls(noise_multiplier=bracket.noise_multiplier, **rest)

@@ -9,6 +9,7 @@ from veilspan.accounting.bounds import at_least
 from veilspan.accounting.mechanism import (
     RELATIONS,
     SampledGaussian,
+    check_count,
     check_delta,
     check_number,
 )
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from veilspan.accounting.plan import PrivacyPlan
 
 SAMPLINGS = ("poisson", "truncated_poisson", "without_replacement", "full_batch")
+_LEAST_NOISE, _MOST_NOISE = 1e-60, 1e60  # squares stay in the range of a double
 _ALLOWED = {
     "sampling": SAMPLINGS,
     "relation": RELATIONS,
@@ -29,6 +31,11 @@ def check_plan(plan: PrivacyPlan) -> None:
     check_mechanism(plan)
     if math.isinf(plan.noise_multiplier):
         raise ValueError("noise_multiplier is infinite; it must be finite.")
+    if plan.noise_multiplier != 0 and not _LEAST_NOISE <= plan.noise_multiplier <= _MOST_NOISE:
+        raise ValueError(
+            f"noise_multiplier is {plan.noise_multiplier}; where it is not 0 it must lie from "
+            f"{_LEAST_NOISE:g} to {_MOST_NOISE:g}."
+        )
     check_delta(plan.delta)
     _check_clip_norm(plan)
     if plan.expected_batch_size is not None:
@@ -77,6 +84,7 @@ def _check_sampling(plan: PrivacyPlan) -> None:
                 f"{name} is {value!r}; sampling='truncated_poisson' needs a whole number above 0: "
                 "the most records that a step processes, and the most that the data set may hold."
             )
+        check_count(name, value)
     if not plan.cut_probability * 2 < plan.delta:
         raise ValueError(
             f"batch_cap is {plan.batch_cap}: with at most {plan.most_records} records some step "

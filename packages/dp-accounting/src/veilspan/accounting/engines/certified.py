@@ -27,7 +27,7 @@ from veilspan.accounting.mechanism import Mechanism
 
 _WITHOUT_SAMPLING = "Gaussian without sampling"
 _NO_BOUND = "no bound is proved"
-_TROUBLE = (EngineError, FloatingPointError, OverflowError)
+_TROUBLE = (EngineError, ArithmeticError)
 _Bounds = TypeVar("_Bounds", EpsilonBounds, DeltaBounds)
 
 

@@ -37,8 +37,9 @@ class PldEngine:
             largest transform is reached; either way both bounds hold. Below about 1e-5 that may
             take a larger transform.
         largest_transform: Most points of one Fourier transform.
-        one_sided: Skip the lower bound, which is then 0, and the refinement: a third of the time
-            for an upper bound at most 0.05 % looser. Never below the two-sided upper bound.
+        one_sided: Skip the lower bound, which is then 0, and the grids that would only make it
+            sharper: a third of the time for an upper bound about 0.05 % looser at most. Never below
+            the two-sided upper bound.
 
     Raises:
         ValueError: If an argument is not positive.
@@ -66,26 +67,27 @@ class PldEngine:
         if exact is not None:
             return exact
         question = Question(live_parts(mechanism), delta, self.largest_transform)
-        bounds = self._bounds(question, _FINENESS[0])
-        if self.one_sided:
-            return bounds
+        bounds = self._bounds(question, _FINENESS[0], one_sided=self.one_sided)
         for fineness in _finenesses(mechanism)[1:]:
-            if bounds.upper <= bounds.lower * (1 + self.relative_width):
+            close = self.one_sided or bounds.upper <= bounds.lower * (1 + self.relative_width)
+            if close and not question.coarse:
                 break
-            finer = self._bounds(question, fineness)
-            useful = finer.upper - finer.lower < _USEFUL * (bounds.upper - bounds.lower)
+            finer = self._bounds(question, fineness, one_sided=close)
+            useful = finer.upper * (1 + self.relative_width) < bounds.upper
+            if not close:
+                useful |= finer.upper - finer.lower < _USEFUL * (bounds.upper - bounds.lower)
             bounds = _tighter(bounds, finer)
             if not useful:
                 break  # the largest transform is reached
         return bounds
 
-    def _bounds(self, question: Question, fineness: float) -> EpsilonBounds:
+    def _bounds(self, question: Question, fineness: float, *, one_sided: bool) -> EpsilonBounds:
         uppers: dict[OneDirection, float] = {}
         for d in question.directions:  # the second counts only where it is worse
             uppers[d] = question.epsilon(d, "upper", fineness, max(uppers.values(), default=0.0))
         worse = max(uppers, key=lambda d: uppers[d])
         lower, upper = 0.0, uppers[worse]
-        if not self.one_sided:
+        if not one_sided:
             lower = _ordered(question.epsilon(worse, "lower", fineness), upper)
         direction: Direction = worse if len(uppers) > 1 else "both"
         return _between(lower, upper, question.delta, direction)

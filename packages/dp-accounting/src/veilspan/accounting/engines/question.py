@@ -35,6 +35,7 @@ _COARSENINGS = 12
 _NO_EPSILON = 1e-100  # as good as none
 # On the coarse grid: of δ, that may be charged; of ε, that a grid may widen it by.
 _WANTED_ERROR, _WIDENED = 1e-4, 1.5e-4
+_LOOSE = 5e-4  # of ε: what a grid may widen it by and be left alone
 _SKEWNESS = 0.02  # below it a sum is normal enough for a guess
 # Losses of random contributions may be rare and huge: far above ε they may count as infinite.
 _FIRST_LARGEST, _FAR_ABOVE = 100.0, 50.0
@@ -49,11 +50,13 @@ class _Known:
         guess: About where ε lies, rather too small than too large.
         room: Points of the last transform.
         upper: The least upper bound.
+        coarse: Whether it may be loose for its grid, where a transform has room for a finer one.
     """
 
     guess: float | None = None
     room: int = 0
     upper: float = math.inf
+    coarse: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,13 @@ class Question:
         """Return an upper bound on ε from transforms of ever more room, until one is sharp."""
         best = min(self._most(direction), known.upper)
         rooms = self._rooms(known)
+        known.coarse = False
         for number, room in enumerate(rooms, 1):
             if best <= enough:
                 break
             last = number == len(rooms)
             rough = self._random and not last
+            spacing = self._spacing(fineness, known.guess)
             try:
                 composed = self._compose(direction, ("upper", fineness), known.guess, room, rough)
                 found = composed.epsilon() * (1 + _MARGIN) + self._rounding
@@ -106,9 +111,19 @@ class Question:
             best, known.room = min(best, found), room
             if math.isfinite(best):
                 known.guess = 0.95 * best
-            if not rough and _settled(composed, found, fineness):
+            known.coarse = False
+            if rough:
+                continue
+            if _settled(composed, found, fineness):
                 break
+            loose = _NO_EPSILON < found < math.inf and composed.widened(found) > _LOOSE
+            known.coarse = loose and composed.step_spacing <= spacing
         return best
+
+    @property
+    def coarse(self) -> bool:
+        """Return whether an upper bound may be loose for want of a finer grid, which has room."""
+        return any(known.coarse for known in self.known.values())
 
     def _lower(self, direction: OneDirection, fineness: float, known: _Known) -> float:
         """Return a lower bound on ε from transforms of ever more room, until one is sharp."""
