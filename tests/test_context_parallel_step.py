@@ -184,6 +184,12 @@ def test_pitfall_17_nothing_is_left_of_a_pass_that_failed_on_all_ranks(found, me
         assert max(report["after errors"].values()) <= 1e-10
 
 
+@pytest.mark.parametrize("mesh", ["1x2", "1x4"])
+def test_before_torch_2_13_such_experts_are_refused(found, mesh):
+    for report in found[mesh]:
+        assert "has a gradient on" in report["routed by an older torch"]
+
+
 @on_every_mesh
 def test_gradients_are_summed_record_by_record_whatever_fsdp_was_told(found, mesh):
     for report in found[mesh]:

@@ -334,6 +334,35 @@ def test_memory_of_a_process_that_reads_private_rows_is_not_published(recipe: Re
     assert not any("memory_gib" in row for row in read_metrics(folder / "metrics.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ("text0.txt", "different training data; "),
+        ("text24.txt", "different numbers of units and training data; "),
+        ("recipe.toml", "different recipes; "),
+    ],
+)
+def test_pitfall_16_processes_that_read_other_data_are_refused(
+    tmp_path: Path, recipe_in: Callable, run_workers: Callable, other: str, message: str
+) -> None:
+    """As machines do whose data folders are not copies: their draws have nothing in common."""
+    for rank in range(2):
+        folder = tmp_path / str(rank)
+        epsilon = 7.0 if rank and other == "recipe.toml" else 8.0
+        settings = recipe_in(
+            folder, parallel__replicate=2, run__folder="run", privacy__target_epsilon=epsilon
+        )
+        data = settings.data.model_copy(update={"train": Path("texts")})
+        recipe = settings.model_copy(update={"data": data})
+        (folder / "recipe.toml").write_text(recipe.to_toml())
+    if other != "recipe.toml":
+        (tmp_path / "1" / "texts" / other).write_text("something else")
+    run_workers("each_its_own.py", tmp_path, processes=2)
+    for rank in range(2):
+        assert message in (tmp_path / str(rank) / "error.txt").read_text()
+        assert not (tmp_path / str(rank) / "run").exists()
+
+
 def test_several_processes_without_torchrun_are_refused(
     tmp_path: Path, recipe_in: Callable
 ) -> None:

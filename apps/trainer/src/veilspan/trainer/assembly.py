@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +28,7 @@ from veilspan.core import (
 from veilspan.core.support import Report, preflight
 from veilspan.trainer.budget import privacy_plan
 from veilspan.trainer.data import Batch, Records, open_heldout, open_records
-from veilspan.trainer.errors import ModelError
+from veilspan.trainer.errors import ModelError, TrainerError
 from veilspan.trainer.forecast import memory_forecast
 from veilspan.trainer.microbatch import Microbatch, chosen_microbatch, settled_microbatch
 from veilspan.trainer.model_cost import count_cost
@@ -45,6 +46,7 @@ GROUPS = {"flat": Flat, "block": PerBlock, "layer": PerLayer, "parameter": PerPa
 """Kinds of clipping groups by the name that recipes use."""
 
 
+_COMPARED = 16  # sequences, about
 _ONE = Microbatch(size=1, reason="until with_microbatch decides")
 
 
@@ -103,6 +105,32 @@ def assemble(recipe: Recipe, processes: Processes) -> Parts:
         vocabulary=model.config.get_text_config().vocab_size,  # pyright: ignore
         losses=losses,
     )
+
+
+def require_alike(parts: Parts, processes: Processes) -> None:
+    """Refuse processes that would draw from different data, or learn by different settings.
+
+    Each draws by itself which units take part: with other data the draws are others too, and a unit
+    might count twice in a step.
+
+    Raises:
+        TrainerError: On every process, naming what differs.
+    """
+    with processes.together():
+        units, records = parts.records.num_units, parts.records
+        some = range(0, len(records), max(1, len(records) // _COMPARED))
+        tokens = hashlib.sha256(b"".join(records[number].tobytes() for number in some))
+        told = {
+            "recipes": recipe_digest(parts.recipe),
+            "numbers of units": str(units),
+            "training data": tokens.hexdigest(),
+        }
+    apart = processes.apart(told)
+    if apart:
+        raise TrainerError(
+            f"The processes of this run have different {' and '.join(apart)}; this one has {units} "
+            "units. Start all with one recipe, and give every machine the same files in data.train."
+        )
 
 
 def with_microbatch(parts: Parts, processes: Processes) -> Parts:

@@ -24,6 +24,7 @@ from veilspan.trainer.assembly import (
     check,
     describe,
     private_step,
+    require_alike,
     with_microbatch,
 )
 from veilspan.trainer.checkpoint import (
@@ -113,6 +114,7 @@ def train(recipe: Recipe, *, observer: Observer | None = None) -> Path:
     )
     with processes.together():
         parts = assemble(recipe, processes)
+    require_alike(parts, processes)
     parts = with_microbatch(parts, processes)
     with _opened(parts, processes) as (folder, key, ledger):
         run, first_step = _resume(parts, processes, folder, ledger, observer or Unobserved())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -85,6 +85,14 @@ class Processes:
         box = torch.tensor([value], dtype=torch.float64, device=self.device)
         dist.all_reduce(box, op=dist.ReduceOp.MAX)
         return float(box.item())
+
+    def apart(self, told: Mapping[str, str]) -> list[str]:
+        """Return the names of what is not the same on all processes; it travels in memory only."""
+        if not self.distributed:
+            return []
+        everywhere: list[Mapping[str, str]] = [{}] * self.size
+        dist.all_gather_object(everywhere, told)
+        return [name for name in told if len({one[name] for one in everywhere}) > 1]
 
     def barrier(self) -> None:
         """Wait for every process."""

@@ -6,10 +6,13 @@ the per-sample gradient shard. The norm is taken of the very numbers that are su
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from veilspan.core.backward.base import STORED_SLACK, Workspace
+from veilspan.core.errors import UnsupportedModelError
 from veilspan.core.fsdp import plain_sums
 from veilspan.core.norms import sq_norm
 
@@ -35,12 +38,34 @@ class SingleSample:
         sq_norm_M = torch.zeros(len(work.groups), dtype=torch.float64, device=losses_B.device)
         for name, grad in grads.items():
             sq_norm_M[index[name]] += sq_norm(grad)
-        sq_norm_M = work.shards.sum_scalars(sq_norm_M)
+        reached_P = sq_norm_M.new_tensor([name in grads for name in owned])
+        sums = work.shards.sum_scalars(torch.cat((sq_norm_M, reached_P)))
+        sq_norm_M, reached = sums[: len(sq_norm_M)], sums[len(sq_norm_M) :].tolist()
+        _require_all_or_none(dict(zip(owned, reached, strict=True)), work.shards.degree)
         factor_M1 = work.all_factors(sq_norm_M[:, None], slack=work.slack(fp32=STORED_SLACK))
         factors = factor_M1.flatten().tolist()
         for name, grad in grads.items():
             owned[name].grad = None
             work.sums.add_(name, grad, factors[index[name]])
+
+
+def _require_all_or_none(ranks: Mapping[str, float], degree: int) -> None:
+    """Refuse gradients that FSDP2 may have added to those of other parameters.
+
+    Args:
+        ranks: How many ranks have a gradient of each parameter.
+        degree: Ranks that hold the sequence.
+
+    Raises:
+        UnsupportedModelError: Naming a parameter.
+    """
+    some = next((name for name, count in ranks.items() if count not in (0, degree)), None)
+    if some is not None:
+        raise UnsupportedModelError(
+            f"Parameter '{some}' has a gradient on {ranks[some]:.0f} of the {degree} ranks that "
+            "hold a sequence, so FSDP2 may have added gradients of different parameters. Use torch "
+            "2.13, which reduces zeros for the others, or a layer that every rank's tokens reach."
+        )
 
 
 def _dense(gradient: Tensor) -> Tensor:

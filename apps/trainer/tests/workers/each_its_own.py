@@ -1,0 +1,18 @@
+"""Train a recipe under torchrun; each process reads what lies in a folder of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from veilspan.trainer.errors import TrainerError
+from veilspan.trainer.loop import train
+from veilspan.trainer.recipe import load_recipe
+
+if __name__ == "__main__":
+    os.chdir(Path(sys.argv[1]) / os.environ["RANK"])
+    try:
+        train(load_recipe("recipe.toml"))
+    except TrainerError as error:
+        Path("error.txt").write_text(str(error))
