@@ -278,6 +278,15 @@ def test_detach_restores_the_model_exactly():
         pass
 
 
+@pytest.mark.parametrize("name", ["noise_multiplier", "clipping", "expected_batch_size"])
+def test_a_number_that_is_set_later_is_refused(name):
+    """As a schedule does that was written for another library; the step would not obey."""
+    step = attach(nn.Linear(3, 2), noise_multiplier=1.0)
+    with pytest.raises(AttributeError, match=f"{name} of PrivateStep is fixed .* phases"):
+        setattr(step, name, 2.0)
+    assert getattr(step, name) != 2.0
+
+
 @pytest.mark.parametrize("made", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_copy_of_an_attached_model_gets_a_step_of_its_own(made, inside):

@@ -26,6 +26,33 @@ from veilspan.core.protocols import (
 from veilspan.core.reduction import LocalShards, processes
 
 
+class FixedWhenBuilt:
+    """Attributes that are set once: a step that was told other numbers later would not obey.
+
+    Args:
+        names: The attributes.
+    """
+
+    _fixed: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, names: tuple[str, ...] = ()) -> None:
+        super().__init_subclass__()
+        cls._fixed += names
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set an attribute.
+
+        Raises:
+            AttributeError: If it was set before and is one of those.
+        """
+        if name in self._fixed and name in vars(self):
+            raise AttributeError(
+                f"{name} of {type(self).__name__} is fixed when it is built. To train on with "
+                "another one, detach() it, build a new one, and account for both as phases."
+            )
+        super().__setattr__(name, value)
+
+
 def check_numbers(
     clipping: Clipping, noise_multiplier: float, expected_batch_size: float, first_step: int
 ) -> None:

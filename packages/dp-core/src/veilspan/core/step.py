@@ -15,6 +15,7 @@ from veilspan.core.agreement import reduce_alike
 from veilspan.core.attachment import CLEAR_GRADIENTS, Attachment, detach_copies
 from veilspan.core.backward import Workspace, probe, run_micro_batch
 from veilspan.core.checks import (
+    FixedWhenBuilt,
     check_losses,
     check_numbers,
     records_only,
@@ -35,7 +36,7 @@ from veilspan.core.sums import ClippedSum, accumulator_named
 from veilspan.core.survey import owned_modules, refuse_cross_sample_layers, trainable_parameters
 
 
-class PrivateStep:
+class PrivateStep(FixedWhenBuilt, names=("clipping", "noise_multiplier", "expected_batch_size")):
     """Turn per-record losses into a private gradient in every parameter's `.grad`.
 
     Inside `with step:` any number of micro-batches, none included, call `step.backward(losses_B)`.
@@ -146,8 +147,7 @@ class PrivateStep:
             sums=sums,
             measure=self._plan.measure(owned, self._shards),
         )
-        self._entered = False
-        self._attached = True
+        self._entered, self._attached = False, True
 
     def __enter__(self) -> Self:
         """Begin a logical batch."""
