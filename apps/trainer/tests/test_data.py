@@ -251,6 +251,17 @@ def test_bytes_that_are_no_text_do_not_stop_a_run(tmp_path: Path):
     assert text(records, 1) == "é\r\n|"
 
 
+def test_a_parquet_column_of_categories_holds_text(tmp_path: Path):
+    texts = arrow.array(["a", "b", "a", None]).dictionary_encode()
+    parquet.write_table(arrow.table({"text": texts}), tmp_path / "rows.parquet")
+    records = open_with(tmp_path / "rows.parquet")
+    assert [text(records, unit) for unit in range(len(records))] == ["a|", "b|", "a|", ""]
+    numbers = arrow.array([1, 2]).dictionary_encode()
+    parquet.write_table(arrow.table({"text": numbers}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="must hold text"):
+        open_with(tmp_path / "rows.parquet")
+
+
 def test_a_row_whose_text_is_no_unicode_does_not_stop_a_run(tmp_path: Path):
     (tmp_path / "rows.jsonl").write_text('{"text": "a\\ud83d\\ude00\\ud800b"}\n')
     cell = arrow.array([b"a\xff", None], type=arrow.binary())

@@ -16,6 +16,7 @@ from veilspan.core import (
     UnsupportedModelError,
     register_rule,
 )
+from veilspan.core.losses import causal_lm_losses
 from veilspan.core.norms import BlockedKernel
 from veilspan.core.rules import find_rule
 from veilspan.core.rules.linear import LinearRule
@@ -307,6 +308,26 @@ def test_adapters_of_peft_are_exact(settings, backward, make_model, make_batch, 
     model, batch = adapted(make_model, **settings), make_batch(4, 7)
     size = 1 if backward == "single_sample" else 2
     assert_exact(model, compute_losses, batch, backward, size=size)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT's own
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_prompts_of_peft_train_one_record_at_a_time(kind, make_model, make_batch):
+    """PEFT makes one prompt, and repeats it for all records of a batch."""
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model, batch = peft.get_peft_model(make_model("llama"), config).double(), make_batch(3, 7)
+
+    def losses(model, batch):
+        logits = model(input_ids=batch["ids"]).logits[:, -7:]
+        return causal_lm_losses(logits, batch["labels"])
+
+    with pytest.raises(UnsupportedModelError, match=r"makes one prompt.*'single_sample'"):
+        make_step(model, backward="per_sample")
+    assert_exact(model, losses, batch, "auto", size=1)
+    step = make_step(model, backward="auto")
+    with pytest.raises(ValueError, match="micro-batches of one record"), step:
+        step.backward(losses(model, batch))
 
 
 class Scale(nn.Module):

@@ -164,7 +164,8 @@ def recipe_digest(recipe: Recipe) -> str:
     """Return a SHA-256 of everything in a recipe that decides what is learned.
 
     How the work is spread (`parallel`, `compute`), how often results are shown or saved, and where
-    files lie may change when a run continues; model, data, privacy and optimizer may not.
+    run folder and key lie may change when a run continues; model, data, privacy and optimizer may
+    not, nor may the paths of model and data.
     """
     settings: dict[str, Any] = recipe.model_dump(mode="json", exclude={"parallel", "compute"})
     settings["privacy"].pop("key_file")

@@ -68,9 +68,10 @@ def key_of_start(key: bytes, ledger_head: str) -> bytes:
 
     Guarantee:
         No two releases take their batches from the same draw: every release changes the head, and
-        no two ledgers have one in common. So a step that is repeated after a crash, and the same
-        step of another run with the same key file, draw independently. ε counts on that: two
-        releases of one draw cost more than two of independent draws.
+        no two ledgers have one in common, unless one is a copy. So a step that is repeated after a
+        crash, and the same step of another run with the same key file, draw independently. ε counts
+        on that: two releases of one draw cost more than two of independent draws. Of a run folder
+        that was copied with its key, continue one only.
     """
     return hashlib.sha256(b"veilspan batches of a start\0" + key + ledger_head.encode()).digest()
 

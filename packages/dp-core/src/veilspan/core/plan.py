@@ -26,7 +26,7 @@ from veilspan.core.measures import Measure
 from veilspan.core.model_shape import shape_of
 from veilspan.core.protocols import NormKernel, SequenceShards, SplitModel, split_by_record
 from veilspan.core.rates import DeviceRates, RatesWhenNeeded, usable_bytes
-from veilspan.core.rules import RecordsAlone
+from veilspan.core.rules import RecordsAlone, obstacle_to_taps
 from veilspan.core.sketch import Sketch
 from veilspan.core.survey import OwnedModule
 
@@ -210,7 +210,7 @@ class StrategyPlan:
             return f"{self.degree} ranks share each sequence"
         bare = next((m for m in self.modules if m.rule is None), None)
         if bare is not None:
-            return f"'{bare.name}' has positions first (batch_first=False)"
+            return f"'{bare.name}' {obstacle_to_taps(bare.module)}"
         return None
 
     def _require_sums_in_parts(self) -> None:
@@ -249,9 +249,10 @@ class StrategyPlan:
         for owned in self.modules:
             if owned.rule is None:
                 raise UnsupportedModelError(
-                    f"Module '{owned.name}' ({type(owned.module).__name__}) has positions first "
-                    f"(batch_first=False), so {wish} would take positions for records. Build it "
-                    f"with batch_first=True, or use {way_out} with micro-batches of one record."
+                    f"Module '{owned.name}' ({type(owned.module).__name__}) "
+                    f"{obstacle_to_taps(owned.module)}, so {wish} could not tell records apart. "
+                    f"Use {way_out} with micro-batches of one record; where there is an option "
+                    "batch_first, True serves every strategy."
                 )
 
 

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from veilspan.core.errors import UnsupportedModelError
 from veilspan.core.protocols import NormKernel
-from veilspan.core.rules import RecordsAlone, Rule, find_rule
+from veilspan.core.rules import RecordsAlone, Rule, find_rule, makes_one_prompt
 
 _WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod|_fsdp_wrapped_module)\.")
 
@@ -104,7 +104,7 @@ def owned_modules(model: nn.Module, kernel: NormKernel | None) -> Iterator[Owned
         if any(name.startswith(outer) for outer in whole):
             continue
         rule = None if kernel is None else find_rule(name, module, kernel)
-        contains = isinstance(rule, RecordsAlone)
+        contains = isinstance(rule, RecordsAlone) or makes_one_prompt(module)
         own = {n: p for n, p in module.named_parameters(recurse=contains) if p.requires_grad}
         if not own:
             continue

@@ -226,7 +226,10 @@ def _check_columns(names: Sequence[str], column: str, where: object) -> None:
 
 
 def _check_text(kind: Any, column: str, where: object) -> None:
-    if str(kind) not in ("string", "large_string", "string_view", "null"):
+    import pyarrow
+
+    values = kind.value_type if isinstance(kind, pyarrow.DictionaryType) else kind
+    if str(values) not in ("string", "large_string", "string_view", "null"):
         raise DataError(f"{where}: column {column!r} holds {kind}; it must hold text.")
 
 

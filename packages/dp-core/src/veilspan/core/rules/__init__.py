@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from veilspan.core.protocols import NormKernel
-from veilspan.core.rules.alone import RecordsAlone, puts_records_second, whole_rule
+from veilspan.core.rules.alone import RecordsAlone, makes_one_prompt, obstacle_to_taps, whole_rule
 from veilspan.core.rules.base import Rule
 from veilspan.core.rules.convolution import convolution_rule
 from veilspan.core.rules.embedding import embedding_rule
@@ -17,7 +17,15 @@ from veilspan.core.rules.linear import linear_rule
 from veilspan.core.rules.norm import norm_rule
 from veilspan.core.rules.probe import differentiates_as, trains_inside, whole_parameters
 
-__all__ = ["RecordsAlone", "Rule", "affine_rule", "find_rule", "register_rule"]
+__all__ = [
+    "RecordsAlone",
+    "Rule",
+    "affine_rule",
+    "find_rule",
+    "makes_one_prompt",
+    "obstacle_to_taps",
+    "register_rule",
+]
 
 MakeRule = Callable[[nn.Module, NormKernel], Rule | RecordsAlone | None]
 
@@ -77,7 +85,7 @@ def find_rule(name: str, module: nn.Module, kernel: NormKernel) -> Rule | Record
         rule = make(module, kernel) if isinstance(module, kind) else None
         if rule is not None:
             return rule
-    if puts_records_second(module):
+    if obstacle_to_taps(module) is not None:
         return None
     whole = whole_rule(module)
     own = {n for n, p in module.named_parameters(recurse=False) if p.requires_grad}

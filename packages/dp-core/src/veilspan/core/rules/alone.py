@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+_PROMPTS = (
+    "peft.tuners.prompt_tuning.model.PromptEmbedding",
+    "peft.tuners.p_tuning.model.PromptEncoder",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecordsAlone:
@@ -50,9 +55,19 @@ def whole_rule(module: nn.Module) -> RecordsAlone | None:
     return None
 
 
-def puts_records_second(module: nn.Module) -> bool:
-    """Return whether positions come first: in PyTorch's own layers unless `batch_first=True`."""
-    return getattr(module, "batch_first", True) is False
+def obstacle_to_taps(module: nn.Module) -> str | None:
+    """Return why the records of a batch cannot be told apart in `module`, or None."""
+    if getattr(module, "batch_first", True) is False:  # PyTorch's own layers unless it is True
+        return "has positions first (batch_first=False)"
+    if makes_one_prompt(module):
+        return "makes one prompt, which PEFT repeats for all records"
+    return None
+
+
+def makes_one_prompt(module: nn.Module) -> bool:
+    """Return whether `module` is the encoder of PEFT's prompt tuning or p-tuning."""
+    names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__]
+    return not set(names).isdisjoint(_PROMPTS)
 
 
 def _serves_its_parent(child: nn.Module) -> bool:
