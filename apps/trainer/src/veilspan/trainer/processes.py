@@ -87,9 +87,7 @@ class Processes:
         return float(box.item())
 
     def apart(self, told: Mapping[str, str]) -> list[str]:
-        """Return the names of what is not the same on all processes; it travels in memory only."""
-        if not self.distributed:
-            return []
+        """Return the names of what is not the same on all of several processes, in memory only."""
         everywhere: list[Mapping[str, str]] = [{}] * self.size
         dist.all_gather_object(everywhere, told)
         return [name for name in told if len({one[name] for one in everywhere}) > 1]

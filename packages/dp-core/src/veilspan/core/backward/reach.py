@@ -75,7 +75,7 @@ class SizePass:
         sizes, grain = again._sizes(), max(self.grain, again.grain)
         alone = self._sizes()
         least = grain * max(alone.values(), default=0.0)
-        for name in alone.keys() | sizes.keys():
+        for name in {**alone, **sizes}:  # from the loss on, so that all ranks name the same
             before, now = alone.get(name, 0.0), sizes.get(name, 0.0)
             same = abs(now - before) <= math.sqrt(grain) * max(now, before) + least
             if math.isfinite(before) and not same:
