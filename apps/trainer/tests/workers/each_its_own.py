@@ -8,6 +8,7 @@ from pathlib import Path
 
 from veilspan.trainer.errors import TrainerError
 from veilspan.trainer.loop import train
+from veilspan.trainer.processes import leave_processes
 from veilspan.trainer.recipe import load_recipe
 
 if __name__ == "__main__":
@@ -16,3 +17,4 @@ if __name__ == "__main__":
         train(load_recipe("recipe.toml"))
     except TrainerError as error:
         Path("error.txt").write_text(str(error))
+    leave_processes()  # every process was refused, so none waits for another

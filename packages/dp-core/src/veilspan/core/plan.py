@@ -251,8 +251,8 @@ class StrategyPlan:
                 raise UnsupportedModelError(
                     f"Module '{owned.name}' ({type(owned.module).__name__}) "
                     f"{obstacle_to_taps(owned.module)}, so {wish} could not tell records apart. "
-                    f"Use {way_out} with micro-batches of one record; where there is an option "
-                    "batch_first, True serves every strategy."
+                    f"Use {way_out} with micro-batches of one record, or build it with "
+                    "batch_first=True if it has that option."
                 )
 
 
