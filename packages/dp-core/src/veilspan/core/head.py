@@ -7,8 +7,6 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veilspan.core.errors import UnsupportedModelError
+from veilspan.core.headless import head_of, losses_without_logits, require_plain_linear
 from veilspan.core.losses import (
     check_labels,
     check_options,
@@ -29,8 +28,6 @@ from veilspan.core.taps import FactorSite
 
 _CHUNK_ELEMENTS_HOST = 2**23
 _CHUNK_ELEMENTS_DEVICE = 2**27  # every chunk adds to a [V, D] sum: more tokens, less traffic
-
-_WAY_OUT = "Use causal_lm_losses(model(input_ids).logits, labels)."
 
 
 def fused_causal_lm_losses(  # noqa: PLR0913 - causal_lm_losses, plus what replaces the logits
@@ -47,12 +44,14 @@ def fused_causal_lm_losses(  # noqa: PLR0913 - causal_lm_losses, plus what repla
 ) -> Tensor:
     """Return what `causal_lm_losses(model(input_ids).logits, labels)` returns, without the logits.
 
-    Runs the model with its head left out, then `head_losses` on the hidden states that reached the
-    head. Works with every backward strategy of `PrivateStep`, tied heads included, and without one.
+    Runs the model with its head left out, and `head_losses` on the hidden states that reached the
+    head. Works with every backward strategy of `PrivateStep`, tied heads included, and without one;
+    also where `fully_shard(model)` has split the head's weight over ranks.
 
     Args:
         model: A Hugging Face decoder whose head is an `nn.Linear`. What follows the head must be
-            nothing, a scale, or a cap by tanh; this is observed on every call, not looked up.
+            nothing, a scale, or a cap by tanh; this is observed on every call, not looked up. After
+            a head that is split, it must be nothing.
         input_ids: `[B, T]`, token ids.
         labels: `[B, T]`, token ids or `ignore_index`; by default `input_ids`.
         ignore_index: Label of tokens that do not count, such as padding.
@@ -79,19 +78,22 @@ def fused_causal_lm_losses(  # noqa: PLR0913 - causal_lm_losses, plus what repla
     """
     if labels is None and shifted:
         raise ValueError("labels is None with shifted=True; pass the labels that were shifted.")
-    head = _head_of(model)
-    hidden_BTD, logit_map = _run_without_head(model, head, {"input_ids": input_ids, **inputs})
-    return head_losses(
-        hidden_BTD,
-        head,
-        input_ids if labels is None else labels,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        shifted=shifted,
-        num_tokens_B=num_tokens_B,
-        chunk=chunk,
-        logit_map=logit_map,
-    )
+    head = head_of(model)
+
+    def score(hidden_BTD: Tensor, logit_map: LogitMap) -> Tensor:
+        return head_losses(
+            hidden_BTD,
+            head,
+            input_ids if labels is None else labels,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            shifted=shifted,
+            num_tokens_B=num_tokens_B,
+            chunk=chunk,
+            logit_map=logit_map,
+        )
+
+    return losses_without_logits(model, head, {"input_ids": input_ids, **inputs}, score)
 
 
 def head_losses(  # noqa: PLR0913 - causal_lm_losses, plus what replaces the logits
@@ -131,7 +133,8 @@ def head_losses(  # noqa: PLR0913 - causal_lm_losses, plus what replaces the log
         >>> head_losses(torch.zeros(2, 3, 8), head, torch.tensor([[1, 2, 3], [1, -100, -100]]))
         tensor([1.3863, 0.0000], grad_fn=<DivBackward0>)
     """
-    _require_plain_linear(head)
+    require_plain_linear(head)
+    _require_whole(head)
     _check_hidden(hidden_BTD, head)
     check_labels(labels_BT, hidden_BTD, "hidden_BTD")
     check_options(reduction, shifted, num_tokens_B, len(hidden_BTD))
@@ -163,34 +166,12 @@ def _token_losses(rule: HeadRule, head: nn.Linear, hidden_BTD: Tensor) -> Tensor
     return replace(site, rule=rule, forward=forward)(hidden_BTD)
 
 
-def _head_of(model: nn.Module) -> nn.Linear:
-    find = getattr(model, "get_output_embeddings", None)
-    head: Any = find() if callable(find) else None
-    if head is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} names no head (get_output_embeddings() gives none). Call "
-            "head_losses(hidden_BTD, head, labels) with its parts. Or: " + _WAY_OUT
-        )
-    _require_plain_linear(head)
-    return head
-
-
-def _require_plain_linear(head: nn.Module) -> None:
-    """Refuse a head whose forward is more than `x Wᵀ + b`, or whose weight is not whole."""
-    own = head.__dict__.get("forward")
-    linear = type(head).forward is nn.Linear.forward and (
-        own is None or isinstance(own, FactorSite)
-    )
-    if not isinstance(head, nn.Linear) or not linear:
-        raise UnsupportedModelError(
-            f"The head is a {type(head).__name__} whose forward is not that of nn.Linear (an "
-            "adapter, a quantised or a patched layer): its gradients are not those of one linear "
-            "map. Leave the head out of the adapter's target modules. Or: " + _WAY_OUT
-        )
+def _require_whole(head: nn.Linear) -> None:
     if hasattr(head.weight, "placements"):
         raise UnsupportedModelError(
             "The head's weight is sharded (DTensor) outside of the model's forward pass; the fused "
-            "losses need it whole. Keep the head out of fully_shard. Or: " + _WAY_OUT
+            "losses need it whole. Call fused_causal_lm_losses, which runs the model, keep the "
+            "head out of fully_shard, or use causal_lm_losses(model(input_ids).logits, labels)."
         )
 
 
@@ -208,90 +189,3 @@ def _default_chunk(head: nn.Linear) -> int:
     on_host = head.weight.device.type == "cpu"
     elements = _CHUNK_ELEMENTS_HOST if on_host else _CHUNK_ELEMENTS_DEVICE
     return max(1, elements // max(1, head.out_features))
-
-
-def _run_without_head(
-    model: nn.Module, head: nn.Linear, inputs: Mapping[str, Any]
-) -> tuple[Tensor, LogitMap]:
-    """Return the input of the head, and what the model makes of the head's output.
-
-    The head's call is answered with two rows of known numbers. What the model returns for them
-    tells the map that follows the head, whatever its class and configuration say.
-    """
-    dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
-    # The second row shows a cap; neither is symmetric, which would hide a change of order.
-    ramps = [torch.linspace(-x, x / 2, head.out_features, dtype=dtype) for x in (2.0, 64.0)]
-    probe_12V = torch.stack(ramps)[None].to(head.weight.device)
-    seen: list[Tensor] = []
-
-    def answer(input: Tensor) -> Tensor:
-        seen.append(input)
-        return probe_12V.clone()  # the model may work in place
-
-    with _forward_of(head, answer):
-        output = model(**inputs)
-    if len(seen) != 1:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} called its head {len(seen)} times in one forward pass; the "
-            "fused losses need one call. " + _WAY_OUT
-        )
-    logits = output[0] if isinstance(output, tuple) else output.logits
-    logit_map = _map_between(probe_12V[0], logits, _caps(model))
-    if logit_map is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} changes the logits after its head, by more than a scale and "
-            f"a cap of known size; its configuration has {_suspects(model)}. " + _WAY_OUT
-        )
-    return seen[0], logit_map
-
-
-@contextmanager
-def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let `forward` stand in for a module's own, or for the site that a private step put there."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
-
-
-def _map_between(probe_2V: Tensor, logits: Tensor, caps: list[float]) -> LogitMap | None:
-    """Return the map that turns the probe into `logits`, if it is one that we know."""
-    if not torch.is_tensor(logits) or logits.shape != (1, *probe_2V.shape):
-        return None
-    given = probe_2V.to("cpu", torch.float64)
-    found = logits.detach()[0].to("cpu", torch.float64)
-    grain = torch.finfo(logits.dtype).eps
-    for cap in (None, *caps):
-        small = found[0] if cap is None else cap * torch.atanh(found[0] / cap)
-        scale = float((small * given[0]).sum() / given[0].square().sum())
-        if abs(scale - 1.0) < min(8 * grain, 0.01):
-            scale = 1.0
-        candidate = LogitMap(scale=scale, cap=cap)
-        error = (candidate.apply_(given.clone()) - found).abs().amax(1)
-        if bool((error <= 8 * grain * found.abs().amax(1)).all()):
-            return candidate
-    return None
-
-
-def _settings(model: nn.Module) -> dict[str, Any]:
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    return config.to_dict() if hasattr(config, "to_dict") else {}
-
-
-def _caps(model: nn.Module) -> list[float]:
-    cap = _settings(model).get("final_logit_softcapping")
-    return [float(cap)] if cap else []
-
-
-def _suspects(model: nn.Module) -> dict[str, Any]:
-    """Return the settings that look as if they changed logits, for a message."""
-    words = ("logit", "multiplier", "unpadded", "softcap")
-    settings = _settings(model).items()
-    return {key: value for key, value in settings if any(word in key for word in words)}
