@@ -48,7 +48,7 @@ print(out.shape[1] - ids.input_ids.shape[1])
 
 PARALLEL = {
     "one": {},
-    "two": {"parallel__context": 2},
+    "two": {"parallel__context": 2, "compute__logits": "chunked"},
     "estimated": {
         "parallel__context": 2,
         "privacy__norm_probes": 8,
@@ -59,6 +59,7 @@ PARALLEL = {
         "parallel__shard": "replicate",
         "privacy__groups": "layer",
         "compute__checkpointing": "full",
+        "compute__logits": "chunked",
     },
 }
 

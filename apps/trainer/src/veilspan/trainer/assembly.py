@@ -30,6 +30,7 @@ from veilspan.trainer.budget import privacy_plan
 from veilspan.trainer.data import Batch, Records, open_heldout, open_records
 from veilspan.trainer.errors import ModelError, TrainerError
 from veilspan.trainer.forecast import memory_forecast
+from veilspan.trainer.logits import chunks_logits
 from veilspan.trainer.microbatch import Microbatch, chosen_microbatch, settled_microbatch
 from veilspan.trainer.model_cost import count_cost
 from veilspan.trainer.models import build_model, count_parameters
@@ -94,7 +95,7 @@ def assemble(recipe: Recipe, processes: Processes) -> Parts:
     model = build_model(
         recipe, tokenizer, attn_implementation=_shared_attention() if split else "sdpa"
     )
-    losses = SequenceLosses(recipe, processes)
+    losses = SequenceLosses(recipe, processes, chunked=chunks_logits(recipe, model))
     _place(model, recipe, processes, losses)
     return Parts(
         recipe=recipe,

@@ -11,10 +11,12 @@ import torch
 
 from veilspan.accounting import EpsilonBounds, PrivacyPlan
 from veilspan.core.cost import ModelShape, best_microbatch, norm_cost
+from veilspan.core.head import chunk_elements
 from veilspan.core.norms import BlockedKernel
 from veilspan.core.rates import DeviceRates
 from veilspan.trainer.budget import privacy_plan
 from veilspan.trainer.data import open_records
+from veilspan.trainer.logits import device_of
 from veilspan.trainer.microbatch import Microbatch, chosen_microbatch, settled_microbatch
 from veilspan.trainer.model_cost import ModelCost, count_cost
 from veilspan.trainer.recipe import Recipe
@@ -24,6 +26,7 @@ EFFICIENCY = 0.5
 """Share of the speed of bare matrix products that training reaches; a round figure."""
 
 _BENCHMARK_SECONDS = 0.3
+_FP32 = 4  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +106,7 @@ def memory_forecast(recipe: Recipe, cost: ModelCost, *, microbatch_size: int) ->
     tokens over those of one sequence. Whole weights exist for one block at a time.
     """
     parts, ranks = recipe.shards, recipe.parallel.context
-    state = 4 * cost.trainable // parts  # float32, whatever the model's dtype
+    state = _FP32 * cost.trainable // parts  # float32, whatever the model's dtype
     sequences = microbatch_size
     memory = {
         "parameters": cost.parameter_bytes // parts,
@@ -111,8 +114,11 @@ def memory_forecast(recipe: Recipe, cost: ModelCost, *, microbatch_size: int) ->
         "clipped sums": state,
         "optimizer": 2 * state,
         "activations": sequences * _activations(recipe, cost) // ranks,
-        "logits": 2 * sequences * cost.logits_bytes // ranks,  # with their gradient
     }
+    if cost.chunked:
+        memory["a chunk of logits"] = 2 * _FP32 * chunk_elements(device_of(recipe))
+    else:
+        memory["logits"] = 2 * sequences * cost.logits_bytes // ranks  # with their gradient
     if parts > 1:
         memory["whole block"] = 2 * cost.block_bytes  # weights and gradient
     return memory
@@ -122,16 +128,18 @@ def flops_per_sequence(recipe: Recipe, cost: ModelCost) -> int:
     """Return the operations to train on one sequence of full length.
 
     A backward pass costs two forward passes: one for the gradient of the inputs, one for that of
-    the weights, which frozen weights do not need. Recomputed activations cost one more.
+    the weights, which frozen weights do not need. Recomputed activations cost one more; logits that
+    never exist as a whole are computed once more.
     """
     passes = 2 + (cost.trainable == cost.parameters)
     passes += recipe.compute.checkpointing == "full"
-    return passes * cost.forward_flops
+    logits = cost.logits_bytes // cost.element_bytes if cost.chunked else 0
+    return passes * cost.forward_flops + 2 * logits * cost.hidden_size
 
 
 def _chosen(recipe: Recipe, plan: PrivacyPlan, cost: ModelCost) -> Microbatch:
     """Ask the cost model about a model that is not there; the run asks it about the real one."""
-    device = _device(recipe)
+    device = device_of(recipe)
     rates = DeviceRates.of(device, getattr(torch, recipe.model.dtype), BlockedKernel())
     seconds = norm_cost(recipe.compute.norms, rates, probes=recipe.privacy.norm_probes or 0)
 
@@ -165,7 +173,7 @@ def _activations(recipe: Recipe, cost: ModelCost) -> int:
 
 def _measured_speed(recipe: Recipe, cost: ModelCost) -> float:
     """Return operations per second of one process, when all of this machine's work at once."""
-    device = _device(recipe)
+    device = device_of(recipe)
     on_gpu = device.type == "cuda"
     rows, width = (4096, 4096) if on_gpu else (256, 1024)  # large ones take minutes on a CPU
     rows = max(16, min(rows, cost.sequence_length // recipe.parallel.context))
@@ -180,11 +188,6 @@ def _measured_speed(recipe: Recipe, cost: ModelCost) -> float:
     threads = recipe.compute.threads or max(1, (cores or 1) // recipe.processes)
     busy = max(1.0, threads * recipe.processes / (cores or 1))
     return speed / torch.get_num_threads() * threads / busy
-
-
-def _device(recipe: Recipe) -> torch.device:
-    on_gpu = recipe.compute.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def _matmul_speed(left: torch.Tensor, right: torch.Tensor) -> float:

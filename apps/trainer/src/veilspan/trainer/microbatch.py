@@ -68,7 +68,7 @@ def chosen_microbatch(
         fastest: From tokens of a unit and the largest size allowed to the fastest size.
         device: Where it will run; its free memory is looked up.
     """
-    per_unit = sum(memory[purpose] for purpose in PER_UNIT)
+    per_unit = sum(memory.get(purpose, 0) for purpose in PER_UNIT)
     free = free_bytes(device) // (1 if device.type == "cuda" else recipe.processes)
     assert plan.expected_batch_size is not None  # budget.privacy_plan always sets it
     return fastest_that_fits(

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from veilspan.trainer.logits import chunks_logits
 from veilspan.trainer.models import count_parameters, sketch_model
 from veilspan.trainer.recipe import Recipe
 
@@ -34,6 +35,7 @@ class ModelCost:
         forward_flops: Arithmetic operations of one forward pass of the sequence.
         saved_bytes: Memory that its forward pass keeps for the backward pass, without logits.
         logits_bytes: Memory of its logits.
+        chunked: Whether those never exist as a whole.
         element_bytes: Bytes of one number in forward and backward.
         linears: Sizes of the weight of each trained linear map.
     """
@@ -48,6 +50,7 @@ class ModelCost:
     forward_flops: int
     saved_bytes: int
     logits_bytes: int
+    chunked: bool
     element_bytes: int
     linears: tuple[tuple[int, int], ...]
 
@@ -76,6 +79,7 @@ def count_cost(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ModelCost:
         forward_flops=flops,
         saved_bytes=saved,
         logits_bytes=_bytes([logits]),
+        chunked=chunks_logits(recipe, model),
         element_bytes=logits.element_size(),
         linears=tuple(_trained_linears(model)),
     )

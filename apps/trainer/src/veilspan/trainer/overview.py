@@ -81,7 +81,7 @@ def _run_rows(
         ("sequence", f"{_sequences(recipe)}, tokenizer {recipe.data.tokenizer}"),
         ("held-out", heldout),
         ("processes", _processes_text(processes, recipe)),
-        ("compute", f"{processes.device}, {recipe.model.dtype}"),
+        ("compute", f"{processes.device}, {recipe.model.dtype}{_logits(parts)}"),
         ("micro-batch", str(parts.microbatch)),
         ("folder", str(folder.root)),
     ]
@@ -101,6 +101,10 @@ def _privacy_rows(parts: Parts) -> list[tuple[str, str]]:
         ("batch", f"{plan.expected_batch_size:.4g} expected {parts.recipe.data.drawn}s"),
         ("clipping", f"norm {plan.clip_norm:g} ({privacy.clipping}{shared}){estimated}"),
     ]
+
+
+def _logits(parts: Parts) -> str:
+    return ", logits a chunk at a time" if parts.losses.chunked else ""
 
 
 def _sequences(recipe: Recipe) -> str:

@@ -298,6 +298,11 @@ class Compute(Section):
     norms: Literal["auto", "direct", "gram"] = Field(
         default="auto", description="How per-unit gradient norms are computed."
     )
+    logits: Literal["auto", "whole", "chunked"] = Field(
+        default="auto",
+        description="chunked: never the logits of all tokens of a unit, which saves memory and "
+        "computes them twice. auto: where a unit's would take an eighth of the free memory.",
+    )
 
 
 class Run(Section):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from veilspan.core.head import fused_causal_lm_losses
 from veilspan.core.losses import causal_lm_losses
 from veilspan.trainer.data import Batch
 from veilspan.trainer.processes import Processes
@@ -23,15 +24,18 @@ class SequenceLosses:
     Args:
         recipe: Says how long sequences are and how they are split.
         processes: Who holds the other parts.
+        chunked: Whether the logits of a unit never exist as a whole.
 
     Attributes:
         layout: Which positions each process holds; None where sequences are whole.
+        chunked: As given.
     """
 
-    def __init__(self, recipe: Recipe, processes: Processes) -> None:
+    def __init__(self, recipe: Recipe, processes: Processes, *, chunked: bool = False) -> None:
         self._processes = processes
         self._attention: Literal["auto", "ulysses", "allgather"] = recipe.parallel.attention
-        self._lowered = recipe.model.dtype == "bfloat16" and processes.mesh is None
+        self._lowered = recipe.model.dtype == "bfloat16" and recipe.shards == 1
+        self.chunked = chunked
         self.layout: Layout | None = None
         if processes.context[1] > 1:
             from veilspan.parallel import Layout
@@ -51,7 +55,7 @@ class SequenceLosses:
         return context_parallel(self._processes.mesh, self.layout, attention=self._attention)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return what a process on its own computes in; others are told when they are split."""
+        """Return what whole models compute in; others are told when they are split."""
         device = self._processes.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self._lowered)
 
@@ -70,20 +74,18 @@ class SequenceLosses:
         """
         device = self._processes.device
         ids, labels = batch.input_ids.to(device), batch.labels.to(device)
-        if self.layout is None:
-            with self.autocast():
-                logits = model(input_ids=ids, use_cache=False).logits
-            return causal_lm_losses(logits, labels, reduction=reduction)
-        from veilspan.parallel import shard_batch
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+        scored: dict[str, Any] = {"labels": labels, "reduction": reduction}
+        if self.layout is not None:
+            from veilspan.parallel import shard_batch
 
-        part = shard_batch(ids, labels, self.layout, self._processes.context[0])
-        logits = model(
-            input_ids=part.input_ids, position_ids=part.position_ids, use_cache=False
-        ).logits
-        return causal_lm_losses(
-            logits,
-            part.labels,
-            reduction=reduction,
-            shifted=True,
-            num_tokens_B=part.num_tokens_B if reduction == "mean" else None,
-        )
+            part = shard_batch(ids, labels, self.layout, self._processes.context[0])
+            inputs |= {"input_ids": part.input_ids, "position_ids": part.position_ids}
+            scored |= {"labels": part.labels, "shifted": True}
+            if reduction == "mean":
+                scored["num_tokens_B"] = part.num_tokens_B
+        with self.autocast():
+            if self.chunked:
+                return fused_causal_lm_losses(model, **inputs, **scored)
+            logits = model(**inputs).logits
+        return causal_lm_losses(logits, **scored)

@@ -185,7 +185,10 @@ def _check_hidden(hidden_BTD: Tensor, head: nn.Linear) -> None:
         )
 
 
+def chunk_elements(device: torch.device) -> int:
+    """Return how many logits exist at the same time unless the caller says how many tokens."""
+    return _CHUNK_ELEMENTS_HOST if device.type == "cpu" else _CHUNK_ELEMENTS_DEVICE
+
+
 def _default_chunk(head: nn.Linear) -> int:
-    on_host = head.weight.device.type == "cpu"
-    elements = _CHUNK_ELEMENTS_HOST if on_host else _CHUNK_ELEMENTS_DEVICE
-    return max(1, elements // max(1, head.out_features))
+    return max(1, chunk_elements(head.weight.device) // max(1, head.out_features))
