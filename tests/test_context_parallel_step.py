@@ -154,6 +154,16 @@ def test_pitfall_32_ranks_about_to_release_different_things_all_stop(found, mesh
             assert what == "released" or f"the same: they differ in {what}" in message
 
 
+@pytest.mark.parametrize("mesh", ["2x1", "2x2"])
+def test_pitfall_33_after_a_batch_that_failed_on_one_replica_alone_all_stop(found, mesh):
+    """Else its next draw is released together with this one of the others: a record in both of
+    them contributes twice."""
+    for report in found[mesh]:
+        message, released = report["failed alone"]
+        assert "they differ in the batches that failed" in message
+        assert released == "1"
+
+
 @pytest.mark.parametrize("mesh", ["1x2", "1x4"])
 def test_pitfall_18_ranks_of_a_sequence_draw_one_key_for_the_noise_on_thresholds(found, mesh):
     first, *others = (report["own thresholds"] for report in found[mesh])

@@ -41,6 +41,7 @@ from veilspan.core import (
     new_key,
     poisson_batches,
 )
+from veilspan.core.support import preflight
 from veilspan.parallel import (
     ContextShards,
     Layout,
@@ -364,6 +365,35 @@ def parted(mesh: ParallelMesh) -> dict[str, str]:
     return {**found, "released": str(len(released))}
 
 
+def failed_alone(mesh: ParallelMesh) -> list[str]:
+    """What is said where a batch failed on one replica alone, whose loop goes on to the next.
+
+    Before it, one replica alone runs the preflight, which is no failure.
+    """
+    if mesh.replicate_degree == 1:
+        return []
+    layer, released, first = nn.Linear(8, 4), [], mesh.replicate_rank == 0
+    model = shard_model(nn.Sequential(nn.ModuleList([layer])), mesh)
+    step = private_step(model, mesh, on_release=released.append)
+
+    def losses_of(_: nn.Module, batch: Any) -> Tensor:
+        return layer(batch["x"]).sum(dim=1) / mesh.context_degree
+
+    def one_batch(*, fails: bool = False) -> None:
+        with contextlib.suppress(ArithmeticError), step:
+            if fails:
+                raise ArithmeticError
+            step.backward(losses_of(model, {"x": torch.ones(1, 8)}))
+        model.zero_grad()
+
+    if first:
+        preflight(step, losses_of, {"x": torch.randn(2, 8)})
+    one_batch()
+    if first:
+        one_batch(fails=True)
+    return [said(one_batch), str(len(released))]
+
+
 def own_thresholds(mesh: ParallelMesh) -> list[float]:
     """Adaptive thresholds of ranks that were given neither a key nor replicas."""
     if mesh.replicate_degree > 1:
@@ -424,6 +454,7 @@ def body(arguments: list[str]) -> dict[str, Any]:
             "refusals": refusals(mesh),
             "parted": parted(mesh),
             "after errors": after_errors(mesh),
+            "failed alone": failed_alone(mesh),
             "own thresholds": own_thresholds(mesh),
             "split over replicas": split_over_replicas(mesh) if replicate > 1 else [],
         }

@@ -49,6 +49,15 @@ def test_a_part_taken_for_a_whole_sequence_is_refused(reports, ranks):
         assert "position_ids is missing" in said["positions"]
         assert "shifts them after the cut" in said["labels"]
         assert said["evaluation"] == said["right"] == "nothing was raised"
+        assert said["evaluation with positions"] == "nothing was raised"
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_documents_that_are_packed_into_a_row_are_refused(reports, ranks):
+    """Hugging Face keeps them apart by their positions; the registered attention would not."""
+    for said in (report["local views"] for report in reports[ranks]):
+        assert "documents that are packed into a row" in said["packed"]
+        assert "documents that are packed into a row" in said["packed evaluation"]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -180,10 +180,15 @@ def local_views(mesh: ParallelMesh) -> dict[str, str]:
             return str(error)
         return "nothing was raised"
 
+    packed = part.position_ids % (layout.tokens_per_rank // 2)  # a document begins on every rank
     found = {"outside": said(**right)}
     with torch.no_grad():
-        found["evaluation"] = said(input_ids=records(layout.length)[0])
+        whole, positions = records(layout.length)[0], torch.arange(layout.length)[None]
+        found["evaluation"] = said(input_ids=whole)
+        found["evaluation with positions"] = said(input_ids=whole, position_ids=positions)
+        found["packed evaluation"] = said(input_ids=whole, position_ids=positions % 8)
     with context_parallel(mesh, layout):
+        found["packed"] = said(input_ids=part.input_ids, position_ids=packed)
         found["positions"] = said(input_ids=part.input_ids)
         found["labels"] = said(**right, labels=part.labels)
         found["right"] = said(**right)

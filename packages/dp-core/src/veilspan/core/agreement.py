@@ -36,6 +36,8 @@ def reduce_alike(
     device = next(iter(work.owned.values())).device
     told = {
         "the step": str(release.step),
+        # A batch that failed on one rank alone: its next draw would join this one of the others.
+        "the batches that failed": str(work.discarded),
         "noise_multiplier": _text(release.noise_multiplier),
         "the thresholds of clipping": " ".join(map(_text, work.groups.clip_norms)),
         "expected_batch_size": _text(release.expected_batch_size),
@@ -71,5 +73,6 @@ def _require_one(told: Mapping[str, str], votes: Tensor) -> None:
             f"The {ranks} ranks of this run are not about to release the same: they differ in "
             f"{', '.join(apart)}. Models that part have less noise than is counted. Build "
             "PrivateStep with the same numbers on every rank, and its noise from one key: draw "
-            "new_key() on one of them and send it (veilspan.parallel.broadcast_bytes)."
+            "new_key() on one of them and send it (veilspan.parallel.broadcast_bytes). After a "
+            "batch that failed on some ranks alone, end the run and go on from a checkpoint."
         )

@@ -24,7 +24,6 @@ from veilspan.core.checks import (
 )
 from veilspan.core.errors import PrivacyError
 from veilspan.core.explain import explain
-from veilspan.core.fsdp import forget_pass
 from veilspan.core.groups import Clipping
 from veilspan.core.norms import BlockedKernel
 from veilspan.core.plan import Wishes, plan_for
@@ -175,10 +174,10 @@ class PrivateStep(FixedWhenBuilt, names=("clipping", "noise_multiplier", "expect
                 self._attachment.require_whole_batch()
                 self._release()
         except BaseException:
-            self._discard()
+            self._work.discard()
             raise
         if kind is not None:
-            self._discard()
+            self._work.discard()
 
     def backward(self, losses_B: Tensor, is_record_B: Tensor | None = None) -> None:
         """Add the clipped gradients of one micro-batch to the logical batch.
@@ -314,7 +313,3 @@ class PrivateStep(FixedWhenBuilt, names=("clipping", "noise_multiplier", "expect
             parameter.grad = self._shards.restore(parameter, local)
         if work.within_M is not None:
             work.groups = self._mechanism.next_groups(release, work.groups, work.within_M)
-
-    def _discard(self) -> None:
-        self._work.sums.discard()
-        forget_pass(self._model, self._attachment.owned.values())

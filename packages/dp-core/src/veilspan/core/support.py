@@ -107,6 +107,7 @@ def _refuse_coupled_values(model: nn.Module, compute_losses: ComputeLosses, batc
 def _probe_gradients(step: PrivateStep, compute_losses: ComputeLosses, batch: Batch) -> None:
     """Run one discarded logical batch, in which the step's own checks see every use."""
     size = 1 if step.takes_single_samples else batch_size(batch)
+    discarded = step._work.discarded  # one rank alone may run the preflight
     try:
         with step:
             if not step.takes_single_samples:  # selective checkpointing lets a graph be used once
@@ -115,7 +116,7 @@ def _probe_gradients(step: PrivateStep, compute_losses: ComputeLosses, batch: Ba
                 step.backward(compute_losses(step.model, take(batch, start, start + size)))
             raise _NothingReleasedError
     except _NothingReleasedError:
-        pass
+        step._work.discarded = discarded
 
 
 class _NothingReleasedError(Exception):

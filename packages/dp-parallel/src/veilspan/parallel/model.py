@@ -201,9 +201,31 @@ def _refuse_wrong_inputs(model: nn.Module, *, in_parts: bool) -> None:
             )
         if in_parts:
             _refuse_local_view(given)
+        if given.get("position_ids") is not None:
+            _refuse_packed(given["position_ids"])
 
     # Before FSDP2 gathers parameters, so that an error leaves nothing half-way.
     model.register_forward_pre_hook(check, with_kwargs=True, prepend=True)
+
+
+def _refuse_packed(position_ids: Tensor) -> None:
+    """Refuse positions that begin anew, by which Hugging Face tells several documents in a row."""
+    region, tokens = current_region(), position_ids.shape[-1]
+    if region is None:  # whole sequences, or what follows those in a cache
+        follow = bool((position_ids.diff(dim=-1) == 1).all())
+    else:
+        rank = dist.get_rank(region.group)
+        mine = region.layout.positions(rank, position_ids.device)
+        follow = tokens != len(mine) or bool(
+            (position_ids == mine).all()
+        )  # attention tells lengths
+    if not follow:
+        raise ValueError(
+            f"position_ids are not those of one sequence, but {ATTENTION_NAME} attends to "
+            "everything before a token: documents that are packed into a row would see each other. "
+            "Give each document a row of its own, and pass the position_ids that shard_batch "
+            "returns."
+        )
 
 
 def _refuse_local_view(given: Mapping[str, Any]) -> None:

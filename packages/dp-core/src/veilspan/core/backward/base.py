@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from veilspan.core.attachment import Attachment
 from veilspan.core.buffers import SampleBuffers
+from veilspan.core.fsdp import forget_pass
 from veilspan.core.groups import Groups
 from veilspan.core.measures import Measure
 from veilspan.core.protocols import SequenceShards
@@ -44,6 +45,7 @@ class Workspace:
         within_M: Σ_b (1[norm ≤ C_m] - 1/2) of each group, fp64, where thresholds are adaptive.
         separable: Whether a probe has seen that a loss reaches its own record alone.
         is_record_B: Which rows of this micro-batch are records; None for all of them.
+        discarded: Logical batches that ended without a release.
     """
 
     attachment: Attachment
@@ -55,6 +57,13 @@ class Workspace:
     within_M: Tensor | None = None
     separable: bool = False
     is_record_B: Tensor | None = None
+    discarded: int = 0
+
+    def discard(self) -> None:
+        """Forget the logical batch, and what a pass of it left behind."""
+        self.sums.discard()
+        forget_pass(self.attachment.model, self.owned.values())
+        self.discarded += 1
 
     @property
     def owned(self) -> Mapping[str, nn.Parameter]:
