@@ -15,9 +15,10 @@ from veilspan.core.compiled import keep_saved_tensors, site_of
 from veilspan.core.errors import PrivacyError, UnsupportedModelError
 from veilspan.core.fsdp import show_shards
 from veilspan.core.lone import LoneSite
+from veilspan.core.micro_batch import MicroBatch
 from veilspan.core.rules import RecordsAlone
 from veilspan.core.survey import OwnedModule, trainable_parameters
-from veilspan.core.taps import FactorSite, MicroBatch, Site
+from veilspan.core.taps import FactorSite, Site
 
 _OF_A_PARAMETER, _OF_A_BUFFER = 2**6, 2**12  # elements, at most, that are compared
 CLEAR_GRADIENTS = (
@@ -118,6 +119,8 @@ class Attachment:
         if self._active:
             lead = _lead_tensor(args, kwargs)
             if lead is not None and not (self.micro_batch and self.micro_batch.running):
+                if not self._decided:
+                    self.end_micro_batch()  # its parts ran without gradients, for something else
                 self._begin(lead)
 
     def _leave_model(self, *_: Any) -> None:
@@ -128,13 +131,14 @@ class Attachment:
         """Return the micro-batch that a site's call belongs to; None to pass it through."""
         if not self._active or self._inference:
             return None
-        if not self._decided and torch.is_grad_enabled():
-            self._begin(inputs)  # a submodule was called without the model around it
+        if not self._decided:  # a submodule was called without the model around it
+            self._begin(inputs)
         return self.micro_batch
 
     @_disable_dynamo  # a micro-batch is an object of its own, and its strategy is logged
     def _begin(self, lead: Tensor) -> None:
-        self._decided = True
+        # Without gradients, what runs may be no part of it, or the first run of a checkpointed one.
+        self._decided = torch.is_grad_enabled()
         size = lead.shape[0] if lead.ndim else 1
         length = lead.shape[1] if lead.ndim > 1 else 1
         if self.micro_batch is not None and self.micro_batch.size == size:
