@@ -22,9 +22,10 @@ from veilspan.core.taps import FactorSite, Site
 
 _OF_A_PARAMETER, _OF_A_BUFFER = 2**6, 2**12  # elements, at most, that are compared
 CLEAR_GRADIENTS = (
-    "It is left of an earlier release or of another backward pass. Call optimizer.zero_grad() with "
+    "It is left of an earlier release or of another backward pass. Call model.zero_grad() with "
     "set_to_none=True, its default: zeros are a .grad too."
 )
+NO_OTHER_BACKWARD = "Use step.backward(losses_B) and no other backward."
 
 
 class Attachment:
@@ -56,6 +57,7 @@ class Attachment:
         self._decided = False  # the model's own input has told the size of this micro-batch
         self._inference = 0
         self._before: dict[str, _Mark] = {}
+        self.looked_outside = False  # for parameters that are not the model's
         self.broken = False  # a micro-batch of this logical batch failed half-way
         self._names = {id(p): name for name, p in owned.items()}
         self.sites = [self._patch(module) for module in modules]
@@ -100,7 +102,8 @@ class Attachment:
         """Let forward passes count as micro-batches, or stop it."""
         self._active = active
         if active:
-            self._before, self.broken = _marks(self.model), False
+            self._before, self.broken, self.looked_outside = _marks(self.model), False, False
+            self._inference = 0  # an interrupt, as in a notebook, may have left it behind
         self.end_micro_batch()
         if self.sites:
             keep_saved_tensors(active)
@@ -183,17 +186,19 @@ class Attachment:
             )
 
     def require_no_gradients(self, when: str, way_out: str) -> None:
-        """Refuse a `.grad` that would join the private gradient.
+        """Refuse a `.grad` that would join the private gradient, or move what is frozen.
 
         Raises:
             PrivacyError: Naming a parameter that holds one.
         """
-        stale = [name for name, p in self.owned.items() if p.grad is not None]
-        if stale:
-            raise PrivacyError(
-                f"Parameter '{stale[0]}' holds a .grad {when}, which would be added to the private "
-                f"gradient. {way_out}"
-            )
+        frozen = (pair for pair in self.model.named_parameters() if not pair[1].requires_grad)
+        for name, parameter in (*self.owned.items(), *frozen):
+            if parameter.grad is not None:
+                joined = "be added to" if parameter.requires_grad else "move it beside"
+                raise PrivacyError(
+                    f"Parameter '{name}' holds a .grad {when}, which would {joined} the private "
+                    f"gradient. {way_out}"
+                )
 
     def require_whole_batch(self) -> None:
         """Refuse to release a logical batch that was not made by `step.backward` alone.
@@ -209,9 +214,7 @@ class Attachment:
                 "Let the error leave the `with` block, and run the batch again in a new one."
             )
         self.require_same_parameters()
-        self.require_no_gradients(
-            "inside the logical batch", "Use step.backward(losses_B) and no other backward."
-        )
+        self.require_no_gradients("inside the logical batch", NO_OTHER_BACKWARD)
         self._require_nothing_written()
 
     def _require_nothing_written(self) -> None:
