@@ -242,6 +242,30 @@ def test_records_alone_work_under_checkpointing(use_reentrant, backward):
     assert_exact(model, losses, batch, backward)
 
 
+class InParts(nn.Module):
+    """A model whose parts are called, and which is not called itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 2)
+
+
+@pytest.mark.parametrize("backward", TAPPED)
+def test_parts_of_a_model_may_be_checkpointed_without_the_model_around_them(backward):
+    torch.manual_seed(0)
+    model, batch = InParts().double(), {"x": torch.randn(2, 4, 6, dtype=torch.float64)}
+
+    def losses(model, batch):
+        if "forward" not in vars(model.first):  # the oracle's own loop
+            return model.last(model.first(batch["x"])).square().flatten(1).sum(1)
+        with torch.no_grad():
+            model.last(model.first(batch["x"][:1]))  # for something else, and of another size
+        hidden = checkpoint(model.first, batch["x"].requires_grad_(), use_reentrant=True)
+        return model.last(hidden).square().flatten(1).sum(1)
+
+    assert_exact(model, losses, batch, backward)
+
+
 MOE = {
     "num_local_experts": 4,
     "num_experts": 4,

@@ -406,6 +406,57 @@ def test_pitfall_41_a_gradient_from_elsewhere_is_refused(backward):
 
 
 @under_every_strategy
+def test_pitfall_11_a_head_outside_of_the_model_is_refused(backward):
+    """Its gradient was raw: neither clipped nor noised."""
+    body, head, x = nn.Linear(4, 4), nn.Linear(4, 1, bias=False), torch.randn(1, 4)
+    step = attach(body, backward)
+    with pytest.raises(PrivacyError, match=r"reach a parameter of shape \(1, 4\)"), step:
+        step.backward(head(body(x)).square().sum(1))
+    assert head.weight.grad is None
+    head.requires_grad_(False)
+    with step:
+        step.backward(head(body(x)).square().sum(1))
+
+
+@pytest.mark.parametrize("backward", ["single_sample", "auto"])
+def test_pitfall_41_a_backward_pass_before_that_of_the_step_is_refused(backward):
+    """Where one record needs no tap, its gradient was clipped together with the other's."""
+    model = nn.Linear(4, 4)
+    step = attach(model, backward)
+    with pytest.raises(PrivacyError, match=r"holds a \.grad before step\.backward"), step:
+        model(torch.randn(1, 4)).square().sum().backward()
+        step.backward(model(torch.randn(1, 4)).square().sum(1))
+
+
+def test_pitfall_41_a_gradient_left_on_a_frozen_parameter_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    model(torch.randn(2, 4)).sum().backward()
+    model[0].requires_grad_(False)
+    model[1].zero_grad()
+    step = attach(model, "per_sample")
+    with pytest.raises(PrivacyError, match=r"'0\.weight' holds a \.grad before"), step:
+        pass
+    model.zero_grad()
+    with step:
+        step.backward(model(torch.randn(2, 4)).sum(1))
+
+
+def test_an_interrupted_evaluation_leaves_no_trace():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    step = attach(model, "per_sample")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        model(torch.randn(2, 4))
+    handle.remove()
+    with step:
+        step.backward(model(torch.randn(2, 4)).sum(1))
+
+
+@under_every_strategy
 def test_pitfall_42_an_optimizer_inside_of_backward_is_refused(backward):
     model = nn.Linear(3, 2)
     hook = model.weight.register_post_accumulate_grad_hook(lambda p: None)

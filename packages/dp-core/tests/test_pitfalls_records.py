@@ -438,6 +438,77 @@ def test_pitfall_40_random_numbers_of_other_generators_are_not_drawn_anew(genera
         step.backward(losses(x.requires_grad_()))
 
 
+class Own(nn.Module):
+    """A layer without a rule, whose records run alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return torch.tanh(x @ self.table)
+
+
+class RunsAgain(nn.Module):
+    """A block that activation checkpointing runs again, under numbers that torch does not keep."""
+
+    def __init__(self, how, use_reentrant):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.body: nn.Module = nn.Linear(4, 4)
+        self.how, self.use_reentrant, self.runs = how, use_reentrant, 0
+        self.generator = torch.Generator().manual_seed(0)
+
+    def block(self, x):
+        self.runs += 1
+        if self.how == "generator":
+            keep = torch.rand(x.shape, generator=self.generator) < 0.9
+            return self.body(x * keep / 0.9)
+        if self.how == "count":
+            return self.body(x) / self.runs
+        for _ in range(self.runs if self.how == "loop" else 1):
+            x = x + self.body(x)
+        return x if self.how == "loop" or self.runs % 2 else x + self.last(x)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(checkpoint(self.block, h, use_reentrant=self.use_reentrant))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("how", "use_reentrant"), [("generator", False), ("generator", True), ("count", True)]
+)
+@under_every_tap
+def test_pitfall_40_a_block_that_computes_something_else_again_hides_no_norm(
+    backward, how, use_reentrant, dtype, alone
+):
+    """A dropout mask from a generator of the model's own, say: one record reached 1.15 C."""
+    torch.manual_seed(0)
+    model, x = RunsAgain(how, use_reentrant).to(dtype), 9 * torch.randn(1, 3, 4, dtype=dtype)
+    if alone:
+        model.body = Own().to(dtype)
+    if backward == "two_pass":
+        step = attach(model, backward)
+        with pytest.raises(PrivacyError, match="did not repeat the first"), step:
+            step.backward(square_losses(model, x))
+        return
+    length = flat(total(model, batch_losses, {"x": x}, backward)).norm().item()
+    assert length <= 1.0 + 1e-6
+
+
+@pytest.mark.parametrize("how", ["loop", "branch"])
+@under_every_tap
+def test_pitfall_40_a_layer_that_is_run_more_often_again_is_refused(backward, how):
+    """Whoever waits for one use takes the norm of each of two, and adds both: up to √2 · C."""
+    torch.manual_seed(0)
+    model = RunsAgain(how, True).double()
+    step = attach(model, backward)
+    with pytest.raises(PrivacyError, match=r"more often than the forward pass called it"), step:
+        step.backward(square_losses(model, torch.randn(1, 3, 4, dtype=torch.float64)))
+
+
 @pytest.mark.parametrize("accumulate", ["fp32", "exact"])
 @pytest.mark.parametrize("present", [False, True])
 def test_pitfall_52_last_bits_of_a_value_near_zero_do_not_tell_the_sum(present, accumulate):

@@ -15,15 +15,17 @@ from veilspan.core.compiled import keep_saved_tensors, site_of
 from veilspan.core.errors import PrivacyError, UnsupportedModelError
 from veilspan.core.fsdp import show_shards
 from veilspan.core.lone import LoneSite
+from veilspan.core.micro_batch import MicroBatch
 from veilspan.core.rules import RecordsAlone
 from veilspan.core.survey import OwnedModule, trainable_parameters
-from veilspan.core.taps import FactorSite, MicroBatch, Site
+from veilspan.core.taps import FactorSite, Site
 
 _OF_A_PARAMETER, _OF_A_BUFFER = 2**6, 2**12  # elements, at most, that are compared
 CLEAR_GRADIENTS = (
-    "It is left of an earlier release or of another backward pass. Call optimizer.zero_grad() with "
+    "It is left of an earlier release or of another backward pass. Call model.zero_grad() with "
     "set_to_none=True, its default: zeros are a .grad too."
 )
+NO_OTHER_BACKWARD = "Use step.backward(losses_B) and no other backward."
 
 
 class Attachment:
@@ -55,6 +57,7 @@ class Attachment:
         self._decided = False  # the model's own input has told the size of this micro-batch
         self._inference = 0
         self._before: dict[str, _Mark] = {}
+        self.looked_outside = False  # for parameters that are not the model's
         self.broken = False  # a micro-batch of this logical batch failed half-way
         self._names = {id(p): name for name, p in owned.items()}
         self.sites = [self._patch(module) for module in modules]
@@ -99,7 +102,8 @@ class Attachment:
         """Let forward passes count as micro-batches, or stop it."""
         self._active = active
         if active:
-            self._before, self.broken = _marks(self.model), False
+            self._before, self.broken, self.looked_outside = _marks(self.model), False, False
+            self._inference = 0  # an interrupt, as in a notebook, may have left it behind
         self.end_micro_batch()
         if self.sites:
             keep_saved_tensors(active)
@@ -118,6 +122,8 @@ class Attachment:
         if self._active:
             lead = _lead_tensor(args, kwargs)
             if lead is not None and not (self.micro_batch and self.micro_batch.running):
+                if not self._decided:
+                    self.end_micro_batch()  # its parts ran without gradients, for something else
                 self._begin(lead)
 
     def _leave_model(self, *_: Any) -> None:
@@ -128,13 +134,14 @@ class Attachment:
         """Return the micro-batch that a site's call belongs to; None to pass it through."""
         if not self._active or self._inference:
             return None
-        if not self._decided and torch.is_grad_enabled():
-            self._begin(inputs)  # a submodule was called without the model around it
+        if not self._decided:  # a submodule was called without the model around it
+            self._begin(inputs)
         return self.micro_batch
 
     @_disable_dynamo  # a micro-batch is an object of its own, and its strategy is logged
     def _begin(self, lead: Tensor) -> None:
-        self._decided = True
+        # Without gradients, what runs may be no part of it, or the first run of a checkpointed one.
+        self._decided = torch.is_grad_enabled()
         size = lead.shape[0] if lead.ndim else 1
         length = lead.shape[1] if lead.ndim > 1 else 1
         if self.micro_batch is not None and self.micro_batch.size == size:
@@ -179,17 +186,19 @@ class Attachment:
             )
 
     def require_no_gradients(self, when: str, way_out: str) -> None:
-        """Refuse a `.grad` that would join the private gradient.
+        """Refuse a `.grad` that would join the private gradient, or move what is frozen.
 
         Raises:
             PrivacyError: Naming a parameter that holds one.
         """
-        stale = [name for name, p in self.owned.items() if p.grad is not None]
-        if stale:
-            raise PrivacyError(
-                f"Parameter '{stale[0]}' holds a .grad {when}, which would be added to the private "
-                f"gradient. {way_out}"
-            )
+        frozen = (pair for pair in self.model.named_parameters() if not pair[1].requires_grad)
+        for name, parameter in (*self.owned.items(), *frozen):
+            if parameter.grad is not None:
+                joined = "be added to" if parameter.requires_grad else "move it beside"
+                raise PrivacyError(
+                    f"Parameter '{name}' holds a .grad {when}, which would {joined} the private "
+                    f"gradient. {way_out}"
+                )
 
     def require_whole_batch(self) -> None:
         """Refuse to release a logical batch that was not made by `step.backward` alone.
@@ -205,9 +214,7 @@ class Attachment:
                 "Let the error leave the `with` block, and run the batch again in a new one."
             )
         self.require_same_parameters()
-        self.require_no_gradients(
-            "inside the logical batch", "Use step.backward(losses_B) and no other backward."
-        )
+        self.require_no_gradients("inside the logical batch", NO_OTHER_BACKWARD)
         self._require_nothing_written()
 
     def _require_nothing_written(self) -> None:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import pickle
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -258,29 +255,3 @@ def second_pass_explained() -> Iterator[None]:
             "is probed. Use another strategy, and call step.probe(losses_B) once on a forward pass "
             "of its own, or use checkpointing that is not selective."
         ) from error
-
-
-@contextmanager
-def nothing_drawn(device: torch.device) -> Iterator[None]:
-    """Refuse a backward pass that draws random numbers: the next one would draw others.
-
-    Raises:
-        PrivacyError: If the state of a generator that all share has changed: of torch, Python or
-            NumPy.
-    """
-    before = _generator_states(device)
-    yield
-    if _generator_states(device) != before:
-        raise PrivacyError(
-            "The backward pass drew random numbers, so the second pass of backward='two_pass' "
-            "would add other gradients than the first one measured. Let activation checkpointing "
-            "draw the same masks again (preserve_rng_state=True), or use another strategy."
-        )
-
-
-def _generator_states(device: torch.device) -> list[object]:
-    states = [torch.get_rng_state()]
-    if device.type != "cpu":
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    of_numpy = pickle.dumps(np.random.get_state(legacy=False))  # to compare it
-    return [*(state.numpy().tobytes() for state in states), random.getstate(), of_numpy]

@@ -45,6 +45,15 @@ def plain_sums(model: nn.Module, degree: int) -> Iterator[None]:
                 setattr(group, name, value)
 
 
+def gathered_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the whole parameters that FSDP2 lets forward passes use in place of split ones."""
+    for group in _groups(model):
+        for held in group.fsdp_params:
+            whole = getattr(held, "_unsharded_param", None)
+            if whole is not None:
+                yield whole
+
+
 def show_shards(model: nn.Module) -> None:
     """Let go of what was gathered, so that the model shows the parameters that are trained."""
     for module in model.modules():

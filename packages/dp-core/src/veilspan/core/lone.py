@@ -20,8 +20,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from veilspan.core.contributions import Contribution
 from veilspan.core.errors import PrivacyError
 from veilspan.core.formed import Formed
+from veilspan.core.micro_batch import MicroBatch
+from veilspan.core.norms import few_numbers
 from veilspan.core.rules.alone import RecordsAlone
-from veilspan.core.taps import MicroBatch, Site
+from veilspan.core.taps import Site
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
@@ -203,6 +205,13 @@ class LoneUse:
         norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in self.grad_outputs[b]]
         like = next(iter(self.grads[b].values()))
         return sum((n.square() for n in norms), start=like.new_zeros((), dtype=torch.float64))
+
+    def glimpse(self) -> dict[str, Tensor]:
+        """Return a few numbers of each sample's gradients: of parameters, and of outputs."""
+        formed = {name: [grads[name] for grads in self.grads] for name in self.grads[0]}
+        outputs = zip(*self.grad_outputs, strict=True)
+        whole = formed | {f"output {i}": grads for i, grads in enumerate(outputs)}
+        return {n: torch.cat([few_numbers(g[None]) for g in grads]) for n, grads in whole.items()}
 
 
 class _LoneTap(torch.autograd.Function):

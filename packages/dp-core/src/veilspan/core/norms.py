@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ CANCELLING = 4.0
 
 ADDED_IN_PLACE = 128
 """Tokens to which a product is added to a sum by the library, which sums as many before it adds."""
+
+_ROWS, _SIGNS = 16, 4  # of a sample, looked at to tell it from another
 
 _CHAIN = 1024  # fp32 sums of squares stay this short; longer chains lose digits of the norm
 
@@ -61,6 +64,32 @@ def rounding_guard(length: int, dtype: torch.dtype) -> float:
 def _row_norms(rows: Tensor) -> Tensor:
     """Return the L2 norm of each row, fp64, formed in fp32 or wider."""
     return torch.linalg.vector_norm(rows, dim=-1, dtype=compute_dtype(rows.dtype)).double()
+
+
+def few_numbers(values_Bx: Tensor) -> Tensor:
+    """Return what tells each sample's values from others, `[B, n]`: some rows, on a few signs.
+
+    Whole numbers are returned as they are.
+    """
+    if not values_Bx.is_floating_point():
+        return values_Bx.flatten(1).clone()
+    rows = values_Bx.detach()
+    if rows.ndim > 3:
+        rows = rows.flatten(1, -2)
+    while rows.ndim < 3:
+        rows = rows.unsqueeze(1)
+    if rows.shape[1] > _ROWS:
+        some = torch.linspace(0, rows.shape[1] - 1, _ROWS, device=rows.device)
+        rows = rows[:, some.long()]
+    return (rows @ _signs(rows.shape[2], rows.dtype, rows.device)).flatten(1)
+
+
+@lru_cache(maxsize=64)
+def _signs(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return fixed signs, `[width, k]`, of a size at which fp16 overflows for no usual values."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(2, (width, _SIGNS), generator=generator).double() * 2 - 1
+    return (signs / math.sqrt(max(1, width))).to(device, dtype)
 
 
 def distinct_sums(ids_T: Tensor, grad_TD: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,12 +11,9 @@ passes are compiled as they are, the layer's own backward runs between compiled 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -26,107 +23,9 @@ from veilspan.core import compiled
 from veilspan.core.checks import refuse_other_parameters
 from veilspan.core.contributions import Contribution
 from veilspan.core.errors import PrivacyError
+from veilspan.core.micro_batch import MicroBatch, Pass, Progress
+from veilspan.core.norms import few_numbers
 from veilspan.core.rules.base import Rule
-
-
-class Use(Protocol):
-    """One use of a module, on its way back."""
-
-    @property
-    def site(self) -> Site:
-        """The module."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype in which the gradients of all samples at once would be formed."""
-        ...
-
-    def parts(self) -> Iterator[tuple[str, Contribution]]:
-        """Yield what this use adds to each trainable parameter, by name in the model."""
-        ...
-
-    def reached(self) -> Tensor:
-        """Return the samples whose output gradient is neither zero nor 0 · inf, `[B]` bool."""
-        ...
-
-    def sq_size(self, b: int) -> Tensor:
-        """Return the squared norm of the output gradient of sample `b`, fp64 scalar."""
-        ...
-
-
-class Pass(Protocol):
-    """What one backward pass wants of the layers."""
-
-    @property
-    def keeps(self) -> bool:
-        """Whether factors are kept beyond `receive`; compiled code reuses their memory."""
-        ...
-
-    def receive(self, use: Use) -> None:
-        """Take what one use of a module adds to the gradients of its parameters."""
-        ...
-
-
-@dataclass
-class MicroBatch:
-    """One micro-batch on its way: how often each parameter is used, and the pass that is running.
-
-    Args:
-        size: Records B.
-        strategy: Name of the backward strategy.
-        device: Where the model is.
-        sites: The patched modules.
-        watched: Puts something around every pass that looks at what the pass receives.
-    """
-
-    size: int
-    strategy: str
-    device: torch.device
-    sites: Sequence[Site]
-    running: Pass | None = None
-    keeps_graph: bool = False
-    watched: Callable[[Pass], AbstractContextManager[Pass]] = nullcontext
-    anchor: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        # An input that needs a gradient, so that autograd visits layers whose input needs none.
-        self.anchor = torch.zeros((), device=self.device, requires_grad=True)
-        for site in self.sites:
-            site.calls.zero_()
-
-    def differentiate(self, loss: Tensor, wanted: Pass, *, keep_graph: bool = False) -> None:
-        """Run one backward pass of `loss` whose taps hand over to `wanted`."""
-        _ = self.uses
-        self.keeps_graph = keep_graph
-        with self.watched(wanted) as self.running:
-            loss.backward(retain_graph=keep_graph)
-
-    @cached_property
-    def uses(self) -> Counter[str]:
-        """How often the forward passes used each parameter.
-
-        Counted once, before the first backward pass: a forward pass that activation checkpointing
-        runs again is no new use.
-        """
-        uses = Counter[str]()
-        for site in self.sites:
-            uses.update(dict.fromkeys(site.owned.values(), int(site.calls)))
-        return uses
-
-
-class Progress(Protocol):
-    """Who knows the micro-batch in progress."""
-
-    micro_batch: MicroBatch | None
-
-    def batch_of(self, inputs: Tensor) -> MicroBatch | None:
-        """Return the micro-batch that a call belongs to; None to pass it through."""
-        ...
-
-    def detach(self) -> None:
-        """Undo every patch."""
-        ...
 
 
 @dataclass(kw_only=True)
@@ -259,7 +158,7 @@ class FactorSite(Site):
         grad_input, found = self.rule.backward(
             self.module, inputs, grad_output, needs_input=needs_grad
         )
-        running.receive(FactorUse(self, found, grad_output))
+        running.receive(FactorUse(self, found, inputs, grad_output))
         if not needs_grad:
             return None
         return grad_input() if callable(grad_input) else grad_input
@@ -279,6 +178,7 @@ class FactorUse:
 
     site: FactorSite
     found: Mapping[str, Contribution]
+    inputs: Tensor
     grad_output: Tensor
 
     @property
@@ -297,6 +197,11 @@ class FactorUse:
     def sq_size(self, b: int) -> Tensor:
         """Return the squared norm of the output gradient of sample `b`, fp64 scalar."""
         return torch.linalg.vector_norm(self.grad_output[b], dtype=torch.float64).square()
+
+    def glimpse(self) -> dict[str, Tensor]:
+        """Return a few numbers of each sample's input and output gradient, `[B, n]`."""
+        kind = "input" if self.inputs.is_floating_point() else "ids"
+        return {kind: few_numbers(self.inputs), "gradient": few_numbers(self.grad_output)}
 
 
 class _Tap(torch.autograd.Function):

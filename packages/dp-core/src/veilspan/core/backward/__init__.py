@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from veilspan.core.attachment import NO_OTHER_BACKWARD
 from veilspan.core.backward.base import Backward, Workspace
 from veilspan.core.backward.bookkeeping import BookKeeping, PerLayerClipping
+from veilspan.core.backward.outside import refuse_parameters_outside
 from veilspan.core.backward.per_sample import PerSample
 from veilspan.core.backward.reach import reaches_its_record_alone
 from veilspan.core.backward.single_sample import SingleSample
@@ -34,11 +36,18 @@ def probe(work: Workspace, losses_B: Tensor, is_record_B: Tensor | None = None) 
 
 
 def run_micro_batch(work: Workspace, losses_B: Tensor) -> None:
-    """Probe the first micro-batch of several records, then run the strategy of this one."""
+    """Probe the first micro-batch of several records, then run the strategy of this one.
+
+    Raises:
+        PrivacyError: If a `.grad` is there, which the step did not make, or a loss reaches another
+            record or a parameter that is not the model's.
+    """
     batch = work.attachment.micro_batch
     strategy = STRATEGIES[batch.strategy if batch else "single_sample"]
     if strategy.tapped:
         refuse_rounded_products(losses_B)
+    work.attachment.require_no_gradients("before step.backward", NO_OTHER_BACKWARD)
+    refuse_parameters_outside(work.attachment, losses_B)
     work.measure.begin()
     # Under the caller's autocast, norms and sums would be products of operands rounded to bf16.
     with second_pass_explained(), torch.autocast(losses_B.device.type, enabled=False):

@@ -15,9 +15,9 @@ from veilspan.core.backward.base import Workspace
 from veilspan.core.backward.samples import Samples
 from veilspan.core.contributions import Contribution
 from veilspan.core.measures import Squares
+from veilspan.core.micro_batch import MicroBatch, Use
 from veilspan.core.norms import compute_dtype, sq_norms
 from veilspan.core.projection import Projection
-from veilspan.core.taps import MicroBatch, Use
 
 _TOGETHER = 1 << 22
 """Elements, at most, of per-sample gradients that are formed at once where none should be kept."""

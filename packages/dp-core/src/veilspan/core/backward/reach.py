@@ -12,7 +12,7 @@ from torch import Tensor
 
 from veilspan.core.attachment import Attachment
 from veilspan.core.errors import PrivacyError
-from veilspan.core.taps import Pass, Use
+from veilspan.core.micro_batch import Pass, Use
 
 
 @dataclass
@@ -84,7 +84,9 @@ class SizePass:
                     "depends on the gradients of the other records of the micro-batch: clipping "
                     "one record would not bound its influence. Look for a hook or an "
                     "autograd.Function that scales gradients by a norm over the batch, and let it "
-                    "treat each record on its own; or use backward='single_sample'."
+                    "treat each record on its own; for activation checkpointing that draws other "
+                    "random numbers when it runs a block again, as from a torch.Generator of the "
+                    "model's own; or use backward='single_sample'."
                 )
 
     def _sizes(self) -> dict[str, float]:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from veilspan.core.backward.base import Workspace
 from veilspan.core.contributions import Contribution
+from veilspan.core.micro_batch import MicroBatch, Use
 from veilspan.core.norms import sq_norms
-from veilspan.core.taps import MicroBatch, Use
 
 
 class Samples:

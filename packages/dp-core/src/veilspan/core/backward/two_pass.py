@@ -10,7 +10,7 @@ from torch import Tensor
 
 from veilspan.core.backward.base import FORMED_SLACK, Workspace
 from veilspan.core.backward.passes import NormPass, SumPass
-from veilspan.core.checks import nothing_drawn
+from veilspan.core.backward.repeats import SeenPass, nothing_drawn
 
 
 class TwoPass:
@@ -24,13 +24,16 @@ class TwoPass:
         batch = work.attachment.micro_batch
         assert batch is not None
         loss, norms = losses_B.sum(), NormPass(work, batch)
+        first = SeenPass(norms)
         with nothing_drawn(batch.device):
-            batch.differentiate(loss, norms, keep_graph=True)
+            batch.differentiate(loss, first, keep_graph=True)
         work.attachment.require_owned_gradients_only()
         factor_MB = work.all_factors(norms.sq_norms(), slack=work.slack(fp32=FORMED_SLACK))
         kept = norms.shared.names()
         sums = SumPass(work, batch, factor_MB, kept)
-        batch.differentiate(loss, sums)
+        second = SeenPass(sums)
+        batch.differentiate(loss, second)
         for name in kept:
             norms.shared.flush(name, factor_MB[work.groups.index[name]])
         sums.settle_all()
+        first.require_repeated(second)
