@@ -301,8 +301,9 @@ def _refuse_lists(site: LoneSite, name: str, value: object, size: int) -> None:
     Each record would get all of them, and a list may tell one record of another.
     """
     for path, leaf in value.items() if isinstance(value, dict) else [(name, value)]:
-        plain = isinstance(leaf, list) and all(isinstance(v, _PLAIN) for v in leaf)
-        if plain and len(leaf) == size > 1:
+        if not isinstance(leaf, list) or not len(leaf) == size > 1:
+            continue
+        if all(isinstance(v, _PLAIN) for v in leaf):
             raise PrivacyError(
                 f"Module '{site.name}' received {path}=a list of {size} values in a micro-batch of "
                 f"{size} records, so it may hold one for each record. Give a tensor whose "
