@@ -354,6 +354,101 @@ def test_prompts_of_peft_train_one_record_at_a_time(kind, make_model, make_batch
         step.backward(losses(model, batch))
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT's own
+@pytest.mark.parametrize("backward", ["single_sample", *TAPPED])
+@pytest.mark.usefixtures("genuine_float64")
+def test_lora_on_the_weights_of_experts_is_exact(backward, make_model, make_batch, compute_losses):
+    """PEFT parametrizes frozen weights in every forward pass, which writes nothing into them."""
+    peft = pytest.importorskip("peft")
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=names)
+    model = peft.get_peft_model(make_model("qwen3_moe", **MOE), config).double()
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    size = 1 if backward == "single_sample" else 2
+    assert_exact(model, compute_losses, make_batch(2, 7), backward, size=size)
+    step = make_step(model, backward="single_sample")
+    with pytest.raises(PrivacyError, match="written inside the logical batch"), step:
+        step.backward(compute_losses(model, make_batch(1, 7)))
+        model.get_parameter(next(n for n, _ in model.named_parameters() if "gate_up" in n)).mul_(2)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT's own
+@pytest.mark.parametrize("backward", ["per_sample", "two_pass"])
+def test_prompts_per_task_are_exact(backward, make_model, make_batch):
+    peft = pytest.importorskip("peft")
+    config = peft.MultitaskPromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2, num_ranks=2
+    )
+    model = peft.get_peft_model(make_model("llama"), config).double()
+    batch = make_batch(4, 7) | {"tasks": torch.tensor([0, 1, 1, 0])}
+
+    def losses(model, batch):
+        logits = model(input_ids=batch["ids"], task_ids=batch["tasks"]).logits[:, -7:]
+        return causal_lm_losses(logits, batch["labels"])
+
+    assert_exact(model, losses, batch, backward)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT's own
+@pytest.mark.parametrize("kind", ["LilyConfig", "PeanutConfig"])
+@pytest.mark.usefixtures("genuine_float64")
+def test_adapters_that_use_what_they_hold_by_function_are_exact(
+    kind, make_model, make_batch, compute_losses
+):
+    peft = pytest.importorskip("peft")
+    if not hasattr(peft, kind):
+        pytest.skip(f"this PEFT has no {kind}")
+    config = getattr(peft, kind)(r=2, target_modules=["q_proj", "down_proj"])
+    model = peft.get_peft_model(make_model("llama"), config).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    assert_exact(model, compute_losses, make_batch(2, 7), "two_pass")
+
+
+def test_experts_in_a_list_run_with_the_module_that_holds_the_list():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 6, 6))
+
+        def forward(self, flat):
+            return flat @ self.weight[0] + (flat @ self.weight[1]).tanh()
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList([Experts(), Experts()])
+
+        def forward(self, x):
+            flat = x.flatten(0, 1)
+            return torch.stack([expert(flat) for expert in self.experts]).sum(0).view_as(x)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), Block()).double()
+    batch = {"x": torch.randn(4, 5, 6, dtype=torch.float64)}
+    assert_exact(model, lambda m, b: m(b["x"]).square().flatten(1).sum(1), batch)
+
+
+def test_a_list_with_a_value_for_each_record_is_refused_where_records_run_alone():
+    class Offset(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(()))
+
+        def forward(self, x, offsets):
+            return x * self.factor + torch.tensor(offsets)[: len(x), None]
+
+    step = make_step(Offset(), backward="two_pass")
+    with pytest.raises(PrivacyError, match=r"offsets=a list of 2 values"), step:
+        step.model(torch.randn(2, 3), [1.0, 2.0])
+
+
 class Scale(nn.Module):
     """A layer of our own: one learned factor of everything."""
 

@@ -16,7 +16,7 @@ from veilspan.core.errors import PrivacyError, UnsupportedModelError
 from veilspan.core.fsdp import show_shards
 from veilspan.core.lone import LoneSite
 from veilspan.core.micro_batch import MicroBatch
-from veilspan.core.rules import RecordsAlone
+from veilspan.core.rules import RecordsAlone, is_adapted_parameter
 from veilspan.core.survey import OwnedModule, trainable_parameters
 from veilspan.core.taps import FactorSite, Site
 
@@ -264,7 +264,7 @@ class _Mark:
 
     Args:
         tensor: The tensor.
-        version: How often it was written in place, as autograd counts.
+        version: How often it was written in place, as autograd counts; 0 where it counts more.
         sample: Bytes of some elements: what is written through `.data`, nobody counts.
     """
 
@@ -273,9 +273,10 @@ class _Mark:
     sample: Tensor | None
 
     @classmethod
-    def of(cls, tensor: Tensor) -> _Mark:
-        version = 0 if tensor.is_inference() else tensor._version
-        return cls(tensor, version, _sample(tensor))
+    def of(cls, tensor: Tensor, *, counted: bool = True) -> _Mark:
+        version = tensor._version if counted and not tensor.is_inference() else 0
+        most = _OF_A_PARAMETER if counted and isinstance(tensor, nn.Parameter) else _OF_A_BUFFER
+        return cls(tensor, version, _sample(tensor, most))
 
     def agrees(self, other: _Mark) -> bool:
         """Return whether nothing was written between the two."""
@@ -286,14 +287,13 @@ class _Mark:
         return torch.equal(self.sample, other.sample)
 
 
-def _sample(tensor: Tensor) -> Tensor | None:
-    """Return the bytes of up to a few thousand elements; None for a format that is not torch's."""
+def _sample(tensor: Tensor, most: int) -> Tensor | None:
+    """Return the bytes of up to `most` elements; None for a format that is not torch's."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     plain = type(local) in (Tensor, nn.Parameter) and local.layout is torch.strided
     if not plain or local.is_meta or local.is_quantized:
         return None
     flat = local.detach().reshape(-1)
-    most = _OF_A_PARAMETER if isinstance(tensor, nn.Parameter) else _OF_A_BUFFER
     return flat[:: -(-len(flat) // most) or 1].clone().view(torch.uint8)
 
 
@@ -304,8 +304,15 @@ def _marks(model: nn.Module) -> dict[str, _Mark]:
         for path, module in model.named_modules()
         for name in module._non_persistent_buffers_set
     }
+    # Taking a parametrization off sets the frozen parameter anew, to what it was.
+    adapters = [module for module in model.modules() if is_adapted_parameter(module)]
+    adapted = {id(p) for a in adapters for p in a.parameters() if not p.requires_grad}
     held = [*model.named_parameters(), *model.named_buffers()]
-    return {name: _Mark.of(tensor) for name, tensor in held if name not in caches}
+    return {
+        name: _Mark.of(tensor, counted=id(tensor) not in adapted)
+        for name, tensor in held
+        if name not in caches
+    }
 
 
 def _lead_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -135,6 +135,7 @@ class _Call:
         specs, leaves, cut = [], [], []
         for name, value in signature.bind(*args, **kwargs).arguments.items():
             flat, spec = tree_flatten(value)
+            _refuse_lists(site, name, value, size)
             specs.append((name, spec))
             for leaf in flat:
                 _require_usable(site, name, leaf, size, first=not any(cut))
@@ -301,6 +302,23 @@ def _require_usable(site: LoneSite, name: str, leaf: object, size: int, *, first
             f"belongs to no one of the {size} records. Give it dimension 0 = records, or use "
             "backward='single_sample'."
         )
+
+
+def _refuse_lists(site: LoneSite, name: str, value: object, size: int) -> None:
+    """Refuse a list of numbers or words that may hold one for each record, as PEFT's aLoRA gives.
+
+    Each record would get all of them, and a list may tell one record of another.
+    """
+    for path, leaf in value.items() if isinstance(value, dict) else [(name, value)]:
+        if not isinstance(leaf, list) or not len(leaf) == size > 1:
+            continue
+        if all(isinstance(v, _PLAIN) for v in leaf):
+            raise PrivacyError(
+                f"Module '{site.name}' received {path}=a list of {size} values in a micro-batch of "
+                f"{size} records, so it may hold one for each record. Give a tensor whose "
+                "dimension 0 is the records, a tuple where all of them share it, or use "
+                "backward='single_sample'."
+            )
 
 
 def _describe(value: object) -> str:

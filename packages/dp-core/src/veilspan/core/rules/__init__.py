@@ -9,7 +9,13 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from veilspan.core.protocols import NormKernel
-from veilspan.core.rules.alone import RecordsAlone, makes_one_prompt, obstacle_to_taps, whole_rule
+from veilspan.core.rules.alone import (
+    RecordsAlone,
+    is_adapted_parameter,
+    makes_one_prompt,
+    obstacle_to_taps,
+    whole_rule,
+)
 from veilspan.core.rules.base import Rule
 from veilspan.core.rules.convolution import convolution_rule
 from veilspan.core.rules.embedding import embedding_rule
@@ -22,6 +28,7 @@ __all__ = [
     "Rule",
     "affine_rule",
     "find_rule",
+    "is_adapted_parameter",
     "makes_one_prompt",
     "obstacle_to_taps",
     "register_rule",

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-_PROMPTS = (
+# Of PEFT, which may not be installed.
+_PROMPTS = {
     "peft.tuners.prompt_tuning.model.PromptEmbedding",
     "peft.tuners.p_tuning.model.PromptEncoder",
-)
+    "peft.tuners.cpt.model.CPTEmbedding",
+}
+_PROMPT_PER_TASK = {"peft.tuners.multitask_prompt_tuning.model.MultitaskPromptEmbedding"}
+_ADAPTER = {"peft.tuners.tuners_utils.BaseTunerLayer"}
+_TAPPED_ADAPTERS = {
+    "peft.tuners.lora.layer.LoraLayer",
+    "peft.tuners.ln_tuning.layer.LNTuningLayer",
+}
+_ADAPTED_PARAMETER = {"peft.tuners.lora.layer.ParamWrapper"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +60,9 @@ def whole_rule(module: nn.Module) -> RecordsAlone | None:
         return RecordsAlone(shared=("attn_mask",), ndim=3)
     if getattr(module, "lora_variant", None) or len(getattr(module, "lora_embedding_A", ())):
         return RecordsAlone()  # PEFT: DoRA and its like, embeddings: factors used by function
-    if any(_serves_its_parent(child) for child in module.children()):
+    if _is_a(module, _ADAPTER) and not _is_a(module, _TAPPED_ADAPTERS):
+        return RecordsAlone()  # other adapters may use what they hold by function
+    if not _is_container(module) and any(_serves_its_parent(part) for part in _parts(module)):
         return RecordsAlone()
     return None
 
@@ -66,8 +78,33 @@ def obstacle_to_taps(module: nn.Module) -> str | None:
 
 def makes_one_prompt(module: nn.Module) -> bool:
     """Return whether `module` is the encoder of PEFT's prompt tuning or p-tuning."""
-    names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__]
-    return not set(names).isdisjoint(_PROMPTS)
+    return _is_a(module, _PROMPTS) and not _is_a(module, _PROMPT_PER_TASK)
+
+
+def is_adapted_parameter(module: nn.Module) -> bool:
+    """Return whether `module` is PEFT's LoRA of a bare parameter, such as the weights of experts.
+
+    In every forward pass it puts a parametrization on its base layer and takes it off again.
+    """
+    return _is_a(module, _ADAPTED_PARAMETER)
+
+
+def _is_a(module: nn.Module, names: set[str]) -> bool:
+    kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__}
+    return not kinds.isdisjoint(names)
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield what `module` may call: its children, and those that its lists and dicts hold."""
+    for child in module.children():
+        yield child
+        if _is_container(child):
+            yield from _parts(child)
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Return whether nobody can call `module`, as `nn.ModuleList`."""
+    return type(module).forward is nn.Module.forward
 
 
 def _serves_its_parent(child: nn.Module) -> bool:
@@ -75,7 +112,8 @@ def _serves_its_parent(child: nn.Module) -> bool:
 
     Experts hold weights of three dimensions and receive the tokens of all records, flattened.
     """
+    if is_adapted_parameter(child):
+        return any(p.requires_grad for p in child.parameters())
     own = [p for p in child.parameters(recurse=False) if p.requires_grad]
-    holder = type(child).forward is nn.Module.forward
     experts = any(p.ndim == 3 for p in own) and not isinstance(child, nn.modules.conv._ConvNd)
-    return bool(own) and (holder or experts)
+    return bool(own) and (_is_container(child) or (experts and not _is_a(child, _PROMPTS)))
