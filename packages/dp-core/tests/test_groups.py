@@ -341,6 +341,6 @@ def test_a_group_that_ends_early_lets_go_of_its_tensors(monkeypatch):
 
 @pytest.mark.parametrize("kind", [Flat, PerBlock, PerLayer, PerParameter, ByPattern])
 def test_the_help_of_each_kind_tells_of_every_argument(kind):
-    text = inspect.getdoc(kind)
+    text = inspect.getdoc(kind) or ""
     for name in inspect.signature(kind).parameters:
         assert re.search(rf"^ +([\w, ]+, )?{name}(, [\w, ]+)?: ", text, re.MULTILINE), name
