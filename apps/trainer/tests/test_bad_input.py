@@ -108,6 +108,12 @@ def open_data(path: Path, **data: Any) -> object:
         ({"optimizer": {"warmup_steps": 11}}, ["optimizer.warmup_steps is 11", "privacy.steps"]),
         ({"optimizer": {"betas": [0.9, 1.0]}}, ["optimizer.betas", "below 1"]),
         ({"run": {"folder": None}}, ["run.folder: missing"]),
+        ({"run": {"folder": ""}}, ["run.folder: is ''; give the name", 'folder is "."']),
+        ({"data": {"train": " "}}, ["data.train: is ' '; give the name of a file or folder"]),
+        ({"data": {"heldout": "", "heldout_is_public": True}}, ["data.heldout: is ''; give"]),
+        ({"data": {"tokenizer": ""}}, ["data.tokenizer: is ''"]),
+        ({"model": {"path": "", "config": None}}, ["model.path: is ''; give the name"]),
+        ({"privacy": {"key_file": ""}}, ["privacy.key_file: is ''; give the name"]),
         ({"parallel": {"context": 3}}, ["data.sequence_length is 64", "cannot divide"]),
     ],
     ids=lambda value: str(value)[:60],
@@ -147,6 +153,12 @@ def test_a_recipe_that_is_no_toml_is_named(tmp_path: Path):
     file.write_text("[model\n", encoding="utf-8")
     with pytest.raises(RecipeError, match=r"broken\.toml is not valid TOML"):
         load_recipe(file)
+
+
+def test_a_recipe_with_a_byte_order_mark_is_read(tmp_path: Path):
+    file = tmp_path / "recipe.toml"
+    file.write_text("\ufeff" + recipe().to_toml(), encoding="utf-8")
+    assert load_recipe(file) == recipe()
 
 
 def test_missing_data_is_named(tmp_path: Path):

@@ -117,6 +117,15 @@ def test_a_copy_of_a_checkpoint_under_another_name_is_none_of_the_run(tmp_path: 
     assert names == ["step-00000001.bak", "step-00000002"]
 
 
+def test_what_kills_left_of_other_steps_is_removed(tmp_path: Path) -> None:
+    checkpoints, tensors = _checkpoints(tmp_path), named_tensors(*_model())
+    for name in (".removed-step-00000001", ".partial-step-00000004"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "shard.safetensors").write_bytes(b"part")
+    checkpoints.save(tensors, _progress(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
 def test_a_crash_while_writing_leaves_the_previous_checkpoint_the_newest(tmp_path: Path) -> None:
     checkpoints, tensors = _checkpoints(tmp_path), named_tensors(*_model())
     checkpoints.save(tensors, _progress(1))

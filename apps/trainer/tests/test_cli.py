@@ -89,6 +89,20 @@ def test_plan_prints_tables_that_name_every_number(recipe: Path):
         assert text in result.stdout
 
 
+def test_a_plan_opens_the_held_out_data(recipe: Path, tmp_path: Path):
+    public = tmp_path / "public"
+    held = (f"--set=data.heldout={public.as_posix()}", "--set=data.heldout_is_public=true")
+    refused = invoke("plan", recipe, *held)
+    assert refused.exit_code == USER_ERROR
+    assert "data.heldout is" in refused.stderr
+    assert "does not exist" in refused.stderr
+    public.mkdir()
+    (public / "a.txt").write_text("public", encoding="utf-8")
+    told = json.loads(invoke("plan", recipe, *held, "--json").stdout)
+    assert (told["num_records"], told["num_heldout"]) == (50, 1)
+    assert "1 public records" in invoke("plan", recipe, *held).stdout
+
+
 def test_a_plan_counts_the_sequences_of_a_document_together(recipe: Path):
     several = ("--set=data.unit=document", "--set=data.sequences_per_unit=4")
     one, told = (

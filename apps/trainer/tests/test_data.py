@@ -127,6 +127,22 @@ def test_pitfall_39_all_rows_of_a_user_are_one_record(tmp_path: Path, kind: str)
     ]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes("\ufeffab\ufeff".encode())
+    (tmp_path / "b.txt").write_bytes(b"")
+    (tmp_path / "c.txt").write_bytes("\ufeff".encode())
+    texts = open_records(recipe(tmp_path), TOKENIZER)
+    tokens = [records.tolist() for records in (texts[0], texts[1], texts[2])]
+    assert tokens == [[BEGIN, 97, 98, *"\ufeff".encode(), END], [], []]
+    (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "ab"}\n')
+    assert open_records(recipe(tmp_path / "rows.jsonl"), TOKENIZER)[0].tolist() == [
+        BEGIN,
+        97,
+        98,
+        END,
+    ]
+
+
 def test_pitfall_39_a_user_stays_one_record_however_rows_are_spread_over_files(tmp_path: Path):
     for number, rows in enumerate((ROWS[:2], ROWS[2:])):
         write_rows(tmp_path / f"part{number}", "jsonl", rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from veilspan.core import (
 )
 from veilspan.trainer import PrivateBatch, PrivateTraining, make_private
 from veilspan.trainer.errors import TrainerError
+from veilspan.trainer.private_checks import collate_tensors
 
 RECORDS = 60
 ARGUMENTS: dict[str, Any] = {
@@ -33,6 +35,16 @@ ARGUMENTS: dict[str, Any] = {
     "steps": 6,
     "expected_batch_size": 10,
 }
+
+
+class Endless(torch.utils.data.IterableDataset):
+    """A stream that says how long it is."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(RECORDS))
+
+    def __len__(self) -> int:
+        return RECORDS
 
 
 class Points:
@@ -367,6 +379,10 @@ def test_a_unit_of_several_records_gets_more_noise(setting: Setting, tmp_path: P
         ({"key": b"short"}, "key"),
         ({"data": " "}, "data is ' '"),
         ({"records_per_unit": 0}, "records_per_unit is 0"),
+        ({"max_grad_norm": 1.0}, r"takes no max_grad_norm: pass clipping=Flat.*backward, norms"),
+        ({"noise_multiplier": 1.0}, "takes no noise_multiplier: the noise follows from target"),
+        ({"shuffle": True}, r"takes no shuffle\. Beyond its own arguments it takes"),
+        ({"ledger": ""}, "ledger is ''; name the file"),
     ],
 )
 def test_a_wrong_argument_is_named(setting: Setting, changes: dict, message: str) -> None:
@@ -380,6 +396,52 @@ def test_pitfall_01_a_stream_is_no_dataset(setting: Setting) -> None:
     setting.dataset = iter([])  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ValueError, match="dataset is a list_iterator"):
         setting.make()
+
+
+@pytest.mark.parametrize(
+    ("part", "wrong", "message"),
+    [
+        ("model", "gpt2", "model is 'gpt2'; pass the torch.nn.Module"),
+        ("optimizer", torch.optim.AdamW, "optimizer is <class .*made for the parameters"),
+        ("dataset", {"train": [], "test": []}, "dataset is a dict with the keys 'train', 'test'"),
+        ("dataset", [], "There is no unit to train on"),
+        ("dataset", Endless(), "dataset is a Endless; it must have len and an item"),
+    ],
+)
+def test_a_part_of_the_wrong_kind_is_named(
+    setting: Setting, part: str, wrong: object, message: str
+) -> None:
+    setattr(setting, part, wrong)
+    with pytest.raises(ValueError, match=message):
+        setting.make()
+    assert not setting.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        (lambda i: [1, 2, 3], r"Field 'y' of a record is a list.*with_format\(\"torch\"\)"),
+        (lambda i: [[1.0]] * (i + 1), "Field 'y' of a record is a list"),
+        (lambda i: torch.zeros(i + 1), "cannot make a micro-batch.*equal size.*pads records"),
+        (lambda i: None, "cannot make a micro-batch.*NoneType.*leaves out what is no tensor"),
+    ],
+)
+def test_records_that_the_default_collate_cannot_stack_are_told_what_to_do(
+    setting: Setting, field: Callable[[int], object], message: str
+) -> None:
+    records = [{"x": torch.randn(4), "y": field(i)} for i in range(RECORDS)]
+    setting.dataset = records  # pyright: ignore[reportAttributeAccessIssue]
+    private = setting.make(expected_batch_size=RECORDS)
+    with pytest.raises(ValueError, match=message):
+        setting.work_on(private, next(private.batches()))
+    assert private.ledger.releases == 0
+
+
+def test_the_default_collate_takes_texts_and_nested_tensors(setting: Setting) -> None:
+    records = [{"x": torch.ones(2), "names": ["a", "b"], "y": (1, 2.0)}] * 3
+    got = collate_tensors(records)
+    assert got["x"].shape == (3, 2)
+    assert len(got["y"]) == 2
 
 
 def test_pitfall_11_the_optimizer_holds_exactly_what_is_private(setting: Setting) -> None:

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -26,11 +26,11 @@ from veilspan.trainer.report import epsilon_curve, write_report, write_statement
 from veilspan.trainer.run_folder import (
     RunFolder,
     RunFolderError,
-    RunInfo,
     ledger_head,
     open_run,
     recipe_digest,
 )
+from veilspan.trainer.run_info import RunInfo, Start
 
 PLAN = PrivacyPlan.calibrate(
     target_epsilon=8.0,
@@ -57,8 +57,9 @@ def run_of(tmp_path: Path, recipe_in: Callable) -> Callable[..., Path]:
             model_type="llama",
             parameters=35168,
             trainable=35168,
-            device="<b>CPU</b>",
-            versions={"torch": "2.13"},
+            starts=(
+                Start(releases=0, processes=2, device="<b>CPU</b>", versions={"torch": "2.13"}),
+            ),
         )
         with open_run(folder, recipe, PLAN, info) as ledger:
             for step, attempt in entries:
@@ -274,3 +275,19 @@ def test_prose_keeps_every_word_of_a_statement() -> None:
     ]
     words = " ".join(f"{block.text} {' '.join(block.items)}" for block in parse(PLAN.statement()))
     assert sorted(words.split()) == sorted(PLAN.statement().replace("\n- ", "\n").split())
+
+
+def test_a_report_names_the_machine_and_software_of_every_start(run_of: Callable) -> None:
+    root = run_of(*_all(3))
+    folder = RunFolder(root)
+    info = folder.read_info()
+    second = Start(releases=2, processes=1, device="H100", versions={"torch": "2.14"})
+    idle = Start(releases=3, processes=4, device="laptop", versions={"torch": "2.15"})
+    folder.info.write_text(replace(info, starts=(*info.starts, second, idle)).to_json())
+    page = write_report(root).read_text()
+    assert "&lt;b&gt;CPU&lt;/b&gt;, 2 processes, then H100, 1 process; float32" in page
+    assert "2.13, then 2.14" in page
+    assert "laptop" not in page
+    assert "2.15" not in page
+    told = json.loads(folder.statement_json.read_text())
+    assert told["versions"] == {"torch": "2.13, then 2.14"}

@@ -18,13 +18,12 @@ from veilspan.trainer.recipe import Recipe
 from veilspan.trainer.run_folder import (
     RunFolder,
     RunFolderError,
-    RunInfo,
     key_path,
     ledger_head,
     open_run,
     recipe_digest,
-    software_versions,
 )
+from veilspan.trainer.run_info import RunInfo, Start, software_versions, used_versions
 from veilspan.trainer.secrets import key_fingerprint, load_or_create_key
 
 PLAN = PrivacyPlan(
@@ -45,8 +44,7 @@ def _info(recipe: Recipe) -> RunInfo:
         model_type="llama",
         parameters=10,
         trainable=10,
-        device="CPU",
-        versions=software_versions(),
+        starts=(Start(releases=0, processes=1, device="CPU", versions=software_versions()),),
     )
 
 
@@ -167,6 +165,44 @@ def test_a_ledger_that_another_start_has_just_made_is_left_to_it(recipe: Recipe)
         assert counted.releases == 1
 
 
+def _elsewhere(info: RunInfo, version: str) -> RunInfo:
+    start = Start(releases=0, processes=2, device="GPU", versions={"torch": version})
+    return replace(info, starts=(start,))
+
+
+def test_every_start_that_released_something_is_kept_with_its_machine(recipe: Recipe) -> None:
+    folder, info = RunFolder(recipe.run.folder), _info(recipe)
+    for machine, releases in (
+        (info, 0),  # crashed before its first release
+        (_elsewhere(info, "2.12"), 2),
+        (_elsewhere(info, "2.13"), 0),
+        (_elsewhere(info, "2.14"), 1),
+    ):
+        with open_run(folder, recipe, PLAN, machine) as ledger:
+            for step in range(ledger.releases, ledger.releases + releases):
+                ledger.append(step=step)
+    kept = folder.read_info()
+    assert [(start.releases, start.versions["torch"]) for start in kept.starts] == [
+        (0, "2.12"),
+        (2, "2.14"),
+    ]
+    assert used_versions(kept.starts) == {"torch": "2.12, then 2.14"}
+    _open(recipe)  # only writes its report again
+    assert len(folder.read_info().starts) == 3
+    assert list(folder.read_info().worked(3)) == list(kept.starts)
+
+
+def test_a_run_that_an_older_version_began_is_continued(recipe: Recipe) -> None:
+    folder = _open(recipe)
+    old = json.loads(folder.info.read_text()) | {"format": 1, "device": "CPU", "versions": {}}
+    del old["starts"]
+    folder.info.write_text(json.dumps(old))
+    first = Start(releases=0, processes=None, device="CPU", versions={})
+    assert folder.read_info() == replace(_info(recipe), starts=(first,))
+    _open(recipe)
+    assert folder.read_info() == _info(recipe)
+
+
 @pytest.mark.parametrize("content", ["{", json.dumps({"format": 99}), json.dumps({"format": 1})])
 def test_damaged_facts_are_reported(recipe: Recipe, content: str) -> None:
     folder = _open(recipe)
@@ -269,3 +305,12 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
     assert [path.name for path in final.iterdir()] == ["new"]
     remove_folder(final)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_kill_left_of_a_removal_goes_with_the_next(tmp_path: Path) -> None:
+    final, partial, left = (tmp_path / name for name in ("model", "partial", ".removed-model"))
+    for folder in (partial, left):
+        folder.mkdir()
+        (folder / "weights").write_text("1")
+    replace_folder(partial, final)
+    assert list(tmp_path.iterdir()) == [final]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from typing import Any
 
 import pytest
@@ -335,3 +337,10 @@ def test_a_group_that_ends_early_lets_go_of_its_tensors(monkeypatch):
     assert most_held(PerBlock(clip_norm=1.0), "bookkeeping", monkeypatch) == 2
     assert most_held(PerLayer(clip_norm=1.0), "bookkeeping", monkeypatch) == 1
     assert most_held(PerLayer(clip_norm=1.0), "per_layer", monkeypatch) == 1
+
+
+@pytest.mark.parametrize("kind", [Flat, PerBlock, PerLayer, PerParameter, ByPattern])
+def test_the_help_of_each_kind_tells_of_every_argument(kind):
+    text = inspect.getdoc(kind) or ""
+    for name in inspect.signature(kind).parameters:
+        assert re.search(rf"^ +([\w, ]+, )?{name}(, [\w, ]+)?: ", text, re.MULTILINE), name

@@ -287,6 +287,15 @@ def test_a_number_that_is_set_later_is_refused(name):
     assert getattr(step, name) != 2.0
 
 
+def test_a_step_shows_its_numbers_and_no_key():
+    step = attach(nn.Linear(2, 1), clip_norm=0.5, noise_multiplier=1.5, noise=GaussianNoise(KEY))
+    assert repr(step) == (
+        f"PrivateStep(clipping={Flat(clip_norm=0.5)!r}, noise_multiplier=1.5, "
+        "expected_batch_size=4.0)"
+    )
+    assert repr(object.__new__(PrivateStep)) == "PrivateStep()"  # one that was refused
+
+
 @pytest.mark.parametrize("made", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_copy_of_an_attached_model_gets_a_step_of_its_own(made, inside):

@@ -37,7 +37,8 @@ from veilspan.trainer.models import build_model, count_parameters
 from veilspan.trainer.processes import Processes
 from veilspan.trainer.recipe import Recipe
 from veilspan.trainer.releases import ReleaseGate
-from veilspan.trainer.run_folder import RunInfo, recipe_digest, software_versions
+from veilspan.trainer.run_folder import recipe_digest
+from veilspan.trainer.run_info import RunInfo, Start, software_versions
 from veilspan.trainer.secrets import key_fingerprint
 from veilspan.trainer.sequences import SequenceLosses
 from veilspan.trainer.throughput import Throughput
@@ -155,8 +156,14 @@ def with_microbatch(parts: Parts, processes: Processes) -> Parts:
 
 
 def describe(parts: Parts, processes: Processes, key: bytes) -> RunInfo:
-    """Return the public facts that the run folder keeps."""
+    """Return the public facts that the run folder keeps, with this start as the first."""
     device = processes.device
+    start = Start(
+        releases=0,
+        processes=processes.size,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        versions=software_versions(),
+    )
     parameters, trainable = count_parameters(parts.model)
     return RunInfo(
         recipe_digest=recipe_digest(parts.recipe),
@@ -166,8 +173,7 @@ def describe(parts: Parts, processes: Processes, key: bytes) -> RunInfo:
         model_type=str(parts.model.config.model_type),  # pyright: ignore
         parameters=parameters,
         trainable=trainable,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        versions=software_versions(),
+        starts=(start,),
     )
 
 

@@ -52,9 +52,10 @@ def plan_of(
     """
     num_records = num_units * records_per_unit if num_records is None else num_records
     drawn = "units" if records_per_unit == 1 else "records of units"
+    delta = _delta(privacy, num_units)
     probability = _sampling_probability(privacy, num_records, drawn)
     settings = {
-        "delta": _delta(privacy, num_units),
+        "delta": delta,
         "sampling_probability": probability,
         "steps": privacy.steps,
         "clip_norm": privacy.clip_norm,
@@ -94,8 +95,9 @@ def _sampling_probability(privacy: Privacy, num_records: int, drawn: str) -> flo
 
 def _delta(privacy: Privacy, num_units: int) -> float:
     if num_units < 2:
+        few = "only 1 unit" if num_units else "no unit"
         raise RecipeError(
-            f"There is only {num_units} unit to train on, so nothing can hide among others; "
+            f"There is {few} to train on, so nothing can hide among others; "
             "train on more, or split data.train into the units that are to be protected."
         )
     if isinstance(privacy.delta, str):

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from veilspan.accounting import Ledger, LedgerError
 from veilspan.trainer.errors import TrainerError
-from veilspan.trainer.files import remove_folder, replace_folder, write_whole
+from veilspan.trainer.files import remove_folder, remove_leftovers, replace_folder, write_whole
 from veilspan.trainer.processes import Processes
 from veilspan.trainer.run_folder import RunFolder, ledger_head
 
@@ -168,6 +168,7 @@ class Checkpoints:
     def _remove_old(self) -> None:
         for path in _complete(self._folder)[: -self._keep]:
             remove_folder(path)
+        remove_leftovers(self._folder)  # also of steps that no later start saves again
 
     def _writing(self, path: Path) -> AbstractContextManager[None]:
         return self._processes.together(

@@ -48,20 +48,28 @@ def replace_folder(partial: Path, final: Path) -> None:
             finally:
                 os.close(descriptor)
     sync_folder(partial)
-    if final.exists():
-        remove_folder(final)
+    remove_folder(final)
     partial.replace(final)
     sync_folder(final.parent)
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder so that a crash never leaves a damaged one under its real name."""
-    if not folder.exists():
-        return
+    """Remove a folder so that a crash never leaves a damaged one under its real name.
+
+    What a crash left of it under another name goes as well, also where the folder is not there.
+    """
     doomed = folder.with_name(f".removed-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
-    folder.replace(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    if folder.exists():
+        folder.replace(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove folders that a crash left half written or half removed inside of `folder`."""
+    for pattern in (".partial-*", ".removed-*"):
+        for left in folder.glob(pattern):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

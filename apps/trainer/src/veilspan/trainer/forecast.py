@@ -15,7 +15,7 @@ from veilspan.core.head import chunk_elements
 from veilspan.core.norms import BlockedKernel
 from veilspan.core.rates import DeviceRates
 from veilspan.trainer.budget import privacy_plan
-from veilspan.trainer.data import open_records
+from veilspan.trainer.data import open_heldout, open_records
 from veilspan.trainer.logits import device_of
 from veilspan.trainer.microbatch import Microbatch, chosen_microbatch, settled_microbatch
 from veilspan.trainer.model_cost import ModelCost, count_cost
@@ -37,6 +37,7 @@ class Forecast:
         plan: Numbers that the guarantee depends on.
         epsilon: ε at the end of the run.
         num_records: Units N.
+        num_heldout: Public held-out records.
         model: Cost of the model.
         microbatch: Units per forward and backward; where the recipe leaves it open, what a run
             that started here and now would choose.
@@ -49,6 +50,7 @@ class Forecast:
     plan: PrivacyPlan
     epsilon: EpsilonBounds
     num_records: int
+    num_heldout: int
     model: ModelCost
     microbatch: Microbatch
     memory: dict[str, int]
@@ -61,6 +63,7 @@ class Forecast:
         return {
             "privacy": {**self.plan.to_dict(), **self.epsilon.to_dict()},
             "num_records": self.num_records,
+            "num_heldout": self.num_heldout,
             "model": {name: n for name, n in asdict(self.model).items() if name != "linears"},
             "microbatch": asdict(self.microbatch),
             "memory_bytes_per_process": {**self.memory, "total": sum(self.memory.values())},
@@ -71,7 +74,7 @@ class Forecast:
 
 
 def make_forecast(recipe: Recipe) -> Forecast:
-    """Compute the cost of a run; reads the data's size, builds no model and trains nothing.
+    """Compute the cost of a run; opens the data as a run does, builds no model, trains nothing.
 
     Raises:
         TrainerError: If recipe, data or model do not fit together.
@@ -79,6 +82,7 @@ def make_forecast(recipe: Recipe) -> Forecast:
     tokenizer = load_tokenizer(recipe)
     records = open_records(recipe, tokenizer)
     plan = privacy_plan(recipe, records.num_units)
+    heldout = open_heldout(recipe, tokenizer)
     cost = count_cost(recipe, tokenizer)
     speed = _measured_speed(recipe, cost)
     microbatch = settled_microbatch(recipe) or _chosen(recipe, plan, cost)
@@ -86,6 +90,7 @@ def make_forecast(recipe: Recipe) -> Forecast:
         plan=plan,
         epsilon=plan.epsilon(),
         num_records=records.num_units,
+        num_heldout=0 if heldout is None else len(heldout),
         model=cost,
         microbatch=microbatch,
         memory=memory_forecast(recipe, cost, microbatch_size=microbatch.size),

@@ -29,8 +29,10 @@ def _privacy(forecast: Forecast) -> dict[str, str]:
     lower, each = at_most(epsilon.lower, 4), plan.records_per_unit
     drawn = plan.unit if each == 1 else "sequence"
     of_each = "" if each == 1 else f", {each} sequences of each"
+    heldout = f"{forecast.num_heldout:,} public records" if forecast.num_heldout else "none"
     return {
         "unit": f"{plan.unit}, N = {forecast.num_records:,} (treated as public){of_each}",
+        "held-out": heldout,
         "ε at the end": f"at most {round_up(epsilon.upper)}, at least {lower}",
         "δ": f"{at_least(plan.delta, 4)} (1/N = {1 / forecast.num_records:.3g})",
         "noise multiplier σ": f"{plan.noise_multiplier:.4f}",

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.distributed as dist
 from pydantic import ValidationError
 from torch import nn
-from torch.utils.data import default_collate
 
 from veilspan.accounting import Ledger, PrivacyPlan, SketchedClip
 from veilspan.core import (
@@ -32,6 +30,7 @@ from veilspan.trainer.budget import plan_of
 from veilspan.trainer.errors import RecipeError, TrainerError
 from veilspan.trainer.microbatch import Microbatch, fastest_that_fits
 from veilspan.trainer.private_batches import PrivateTraining, Records
+from veilspan.trainer.private_checks import check_options, check_parts, collate_tensors
 from veilspan.trainer.processes import Processes
 from veilspan.trainer.recipe_errors import explain
 from veilspan.trainer.recipe_section import Section
@@ -60,7 +59,7 @@ def make_private(  # noqa: PLR0913 - each is one number of the plan or one part 
     data: str | None = None,
     microbatch_size: int | Literal["auto"] = "auto",
     sequence_length: int | None = None,
-    collate: Callable[[list[Any]], Any] = default_collate,
+    collate: Callable[[list[Any]], Any] = collate_tensors,
     noise: GaussianNoise | PhiloxNoise | None = None,
     key: bytes | None = None,
     **options: Any,
@@ -90,7 +89,8 @@ def make_private(  # noqa: PLR0913 - each is one number of the plan or one part 
         microbatch_size: Records per forward and backward; "auto" asks the cost model.
         sequence_length: Tokens or pixels of the largest record, for "auto"; a model with an
             embedding or a convolution takes one record at a time without it.
-        collate: Makes a micro-batch of a list of records.
+        collate: Makes a micro-batch of a list of records; by default PyTorch's `default_collate`,
+            for tensors of one shape.
         noise: Noise source; by default AES with a fresh key from the operating system.
         key: 32 secret bytes of the sampler, which no other start on the same data may use: two
             releases of one draw cost more than two of independent draws. Fresh by default.
@@ -135,7 +135,8 @@ def make_private(  # noqa: PLR0913 - each is one number of the plan or one part 
         >>> private.close()
     """
     clipping = Flat(clip_norm=1.0) if clipping is None else clipping
-    _check_parts(model, optimizer, dataset, clipping)
+    check_parts(model, optimizer, dataset, clipping, ledger)
+    check_options(options)
     size = _checked(Compute, {"microbatch_size": microbatch_size}).microbatch_size
     numbers = {
         "target_epsilon": target_epsilon,
@@ -180,34 +181,6 @@ def make_private(  # noqa: PLR0913 - each is one number of the plan or one part 
     )
 
 
-def _check_parts(
-    model: nn.Module, optimizer: torch.optim.Optimizer, dataset: object, clipping: object
-) -> None:
-    """Refuse what does not fit together."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        raise TrainerError(
-            f"make_private is for one process, and there are {dist.get_world_size()}: each would "
-            "draw its own batches and noise. Use the trainer, or veilspan.core with "
-            "veilspan.parallel."
-        )
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise TrainerError(
-            f"dataset is a {type(dataset).__name__}; it must have len and an item per record. A "
-            "loader or stream draws no Poisson batches: pass the dataset behind it."
-        )
-    if not isinstance(clipping, Clipping):
-        raise TrainerError(f"clipping is {clipping!r}; pass Flat(clip_norm=1.0) or another group.")
-    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-    if held != set(trained):
-        missing = [name for number, name in trained.items() if number not in held]
-        what = f"lacks {missing[0]}" if missing else "holds parameters that model does not train"
-        raise TrainerError(
-            f"optimizer {what}; it must hold exactly the trainable parameters of model. Freeze "
-            "what is not to be trained with requires_grad_(False)."
-        )
-
-
 def _law(model: nn.Module, clipping: Clipping, norms: object) -> SketchedClip | None:
     """Return the law of estimated norms that the plan must count; None where they are exact."""
     if not isinstance(norms, Sketch):
@@ -244,7 +217,9 @@ def _plan(
             norms=law,
         )
     except RecipeError as error:
-        raise TrainerError(str(error).replace("privacy.", "")) from error
+        raise TrainerError(
+            str(error).replace("privacy.", "").replace("data.train", "dataset")
+        ) from error
 
 
 def _checked(section: type[_Section], values: Mapping[str, object]) -> _Section:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import get_args
+
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
@@ -26,4 +29,13 @@ class Section(BaseModel):
             isinstance(v, bool) for v in (value if isinstance(value, list | tuple) else [value])
         ):
             raise ValueError("true and false stand for no number or text here")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_empty_path(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse an empty name of a file or folder, which would mean the current folder."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, str) and not value.strip() and Path in (kind, *get_args(kind)):
+            raise ValueError('give the name of a file or folder; the current folder is "."')
         return value

@@ -21,7 +21,8 @@ from veilspan.trainer.odds import detection_bounds, odds_factor
 from veilspan.trainer.plots import Point, draw_plots, series
 from veilspan.trainer.prose import Block, parse
 from veilspan.trainer.recipe import Recipe
-from veilspan.trainer.run_folder import RunFolder, RunInfo, ledger_head
+from veilspan.trainer.run_folder import RunFolder, ledger_head
+from veilspan.trainer.run_info import RunInfo, used_versions
 
 _CURVE_POINTS = 16
 _STREAMS = {"aes-ctr": "AES-256 in counter mode (cryptographic)", "philox": "Philox (fast)"}
@@ -106,7 +107,7 @@ def write_statement(root: Path) -> str:
         "steps": account.steps,
         "num_records": info.num_records,
         "ledger_head": account.head,
-        "versions": info.versions,
+        "versions": used_versions(info.worked(account.releases)),
     }
     write_whole(folder.statement, text)
     write_whole(folder.statement_json, json.dumps(numbers, indent=2, ensure_ascii=False) + "\n")
@@ -143,13 +144,13 @@ def write_report(root: Path) -> Path:
             verdict=_verdict(account),
             plain=_plain_words(account),
             odds=detection_bounds(account.spent.upper, account.spent.delta),
-            trained=_trained_rows(recipe, info, rows),
+            trained=_trained_rows(recipe, info, account.releases, rows),
             mechanism=_mechanism_rows(account, recipe, info),
             ledger=_ledger_rows(account),
             figures={title: _embed(path) for title, path in figures.items()},
             statement=list(_assumptions(account)),
             public=PUBLIC_METRICS,
-            versions=info.versions,
+            versions=used_versions(info.worked(account.releases)),
             recipe=folder.recipe.read_text(encoding="utf-8"),
         )
     )
@@ -199,10 +200,11 @@ def _plain_words(account: Account) -> list[str]:
 
 
 def _trained_rows(
-    recipe: Recipe, info: RunInfo, rows: Sequence[Mapping[str, float]]
+    recipe: Recipe, info: RunInfo, releases: int, rows: Sequence[Mapping[str, float]]
 ) -> list[tuple[str, str]]:
     data, losses = recipe.data, series(rows, "heldout_loss")
     start = "from scratch" if recipe.model.path is None else f"starting from {recipe.model.path}"
+    machines = dict.fromkeys(map(str, info.worked(releases)))
     adapters = "" if recipe.model.lora is None else f", adapters of rank {recipe.model.lora.rank}"
     table = [
         ("Model", f"{info.model_type}, {info.parameters:,} parameters, {start}{adapters}"),
@@ -211,7 +213,7 @@ def _trained_rows(
         ("Unit of privacy", _unit_text(recipe)),
         ("Used of each unit", _used_text(recipe)),
         ("Tokenizer", _tokenizer_text(recipe)),
-        ("Trained on", f"{info.device}, {recipe.processes} process(es), {recipe.model.dtype}"),
+        ("Trained on", f"{', then '.join(machines)}; {recipe.model.dtype}"),
     ]
     if losses:
         first, last = losses[0][1], losses[-1][1]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,50 +13,11 @@ from veilspan.accounting import Ledger, LedgerError, PrivacyPlan
 from veilspan.trainer.errors import RecipeError, TrainerError
 from veilspan.trainer.files import write_whole
 from veilspan.trainer.recipe import Recipe, load_recipe
-
-_FORMAT = 1
-_PACKAGES = (
-    "veilspan-core",
-    "veilspan-accounting",
-    "veilspan-parallel",
-    "veilspan-trainer",
-    "torch",
-    "transformers",
-    "peft",
-    "numpy",
-)
+from veilspan.trainer.run_info import RunInfo
 
 
 class RunFolderError(TrainerError):
     """A run folder that cannot be used: another run's, damaged, or no run folder at all."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunInfo:
-    """Public facts about a run, fixed when it starts (`run.json`).
-
-    Args:
-        recipe_digest: From `recipe_digest`.
-        key_fingerprint: From `secrets.key_fingerprint`.
-        num_records: Number N of protected units.
-        num_heldout: Number of public held-out records.
-        model_type: Architecture, as transformers names it.
-        parameters: All parameters; a tied one counts once.
-        trainable: Parameters that are trained.
-        device: What it trained on.
-        versions: Package name → version.
-    """
-
-    recipe_digest: str
-    key_fingerprint: str
-    num_records: int
-    num_heldout: int
-    model_type: str
-    parameters: int
-    trainable: int
-    device: str
-    versions: dict[str, str]
-    format: int = _FORMAT
 
 
 @dataclass(frozen=True)
@@ -133,10 +92,7 @@ class RunFolder:
             RunFolderError: If the file is missing, damaged, or of an unknown format.
         """
         try:
-            fields = json.loads(self.info.read_text(encoding="utf-8"))
-            if fields["format"] != _FORMAT:
-                raise ValueError(f"format {fields['format']}, this version reads {_FORMAT}")
-            return RunInfo(**fields)
+            return RunInfo.from_json(self.info.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise RunFolderError(
                 f"{self.root} is no run folder: it holds no {self.info.name}. Give the folder that "
@@ -217,17 +173,6 @@ def ledger_head(path: Path, releases: int) -> str:
     return hashlib.sha256(lines[releases]).hexdigest()
 
 
-def software_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that the guarantee depends on."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
 def _continue(folder: RunFolder, plan: PrivacyPlan, info: RunInfo) -> Ledger:
     known = folder.read_info()
     if known.recipe_digest != info.recipe_digest:
@@ -245,7 +190,13 @@ def _continue(folder: RunFolder, plan: PrivacyPlan, info: RunInfo) -> Ledger:
             f"{folder.root} began with {known.num_records} units of data, now there are "
             f"{info.num_records}. Restore the data, or start in a new folder."
         )
-    return Ledger.open(folder.ledger, plan=plan, run_id=_run_id(info))
+    ledger = Ledger.open(folder.ledger, plan=plan, run_id=_run_id(info))
+    try:
+        write_whole(folder.info, known.continued(info, ledger.releases).to_json())
+    except BaseException:
+        ledger.close()
+        raise
+    return ledger
 
 
 def _create(folder: RunFolder, recipe: Recipe, plan: PrivacyPlan, info: RunInfo) -> Ledger:
@@ -261,7 +212,7 @@ def _create(folder: RunFolder, recipe: Recipe, plan: PrivacyPlan, info: RunInfo)
     ledger = Ledger.create(
         folder.ledger, plan, budget_epsilon=budget, run_id=_run_id(info), data=recipe.data.name
     )
-    write_whole(folder.info, json.dumps(asdict(info), indent=2) + "\n")
+    write_whole(folder.info, info.to_json())
     return ledger
 
 

@@ -99,6 +99,7 @@ class Data(Section):
     )
     tokenizer: str = Field(
         default="auto",
+        pattern=r"\S",
         description="auto: the one in model.path. bytes: built in, trained on nothing. "
         "Otherwise a local tokenizer folder, which must not have been trained on private data.",
     )

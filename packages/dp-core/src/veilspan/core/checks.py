@@ -49,6 +49,11 @@ class FixedWhenBuilt:
             )
         super().__setattr__(name, value)
 
+    def __repr__(self) -> str:
+        """Show the numbers that the guarantee depends on; keys and records are none of them."""
+        shown = (f"{name}={vars(self)[name]!r}" for name in self._fixed if name in vars(self))
+        return f"{type(self).__name__}({', '.join(shown)})"
+
 
 def check_numbers(
     clipping: Clipping, noise_multiplier: float, expected_batch_size: float, first_step: int

@@ -6,12 +6,11 @@ the thresholds in numbers. B samples, M groups.
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, final
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from veilspan.core.adaptive import PrivateQuantile
 from veilspan.core.clipping import Automatic, Clip, Rule
+from veilspan.core.names import layer_of, nearest, require_same_names
 
 Budgets = Literal["equal", "dimension"] | Mapping[str, float]
 
@@ -175,7 +175,7 @@ class Clipping(ABC):
                 elements[group] += sizes[name]
             return [math.sqrt(count) for count in elements]
         assert not isinstance(self.budgets, str)
-        _require_same_names(self.budgets, names)
+        require_same_names(self.budgets, names)
         wrong = [n for n in names if not 0 < self.budgets[n] < math.inf]
         if wrong:
             raise ValueError(
@@ -188,6 +188,12 @@ class Clipping(ABC):
 @dataclass(frozen=True, kw_only=True)
 class Flat(Clipping):
     """One threshold for the whole gradient of a sample.
+
+    Args:
+        clip_norm: The threshold C, and the L2 sensitivity of the sum; positive.
+        rule: How a norm becomes a factor: `Clip()`, or `Automatic()` without a threshold to tune.
+        budgets: Without effect: one group has all of C.
+        adaptive: A `PrivateQuantile` of the norms that the threshold follows; by default fixed.
 
     Examples:
         >>> Flat(clip_norm=1.0).resolve({"up.weight": 12, "down.weight": 12}).clip_norms
@@ -204,6 +210,11 @@ class Flat(Clipping):
 class PerBlock(Clipping):
     """One threshold for each numbered block, such as `model.layers.3`; other layers on their own.
 
+    Args:
+        clip_norm: Total C = √ΣC_m², the L2 sensitivity; positive.
+        budgets: Part of each block: `equal`, `dimension`, or numbers by name, as for `Clipping`.
+        rule, adaptive: As for `Flat`.
+
     Source: Bu et al. (2023), https://arxiv.org/abs/2310.19215.
 
     Examples:
@@ -215,13 +226,18 @@ class PerBlock(Clipping):
     def group_of(self, parameter: str) -> str:
         """Return the path up to the first number, or the layer of a parameter outside of blocks."""
         block = _BLOCK.match(parameter)
-        return block.group() if block else _layer(parameter)
+        return block.group() if block else layer_of(parameter)
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class PerLayer(Clipping):
     """One threshold for each layer: weight and bias of one module together.
+
+    Args:
+        clip_norm: Total C = √ΣC_m², the L2 sensitivity; positive.
+        budgets: Part of each layer: `equal`, `dimension`, or numbers by name, as for `Clipping`.
+        rule, adaptive: As for `Flat`.
 
     Source: He et al. (2022), https://arxiv.org/abs/2212.01539.
 
@@ -234,13 +250,19 @@ class PerLayer(Clipping):
 
     def group_of(self, parameter: str) -> str:
         """Return the path of the module that owns the parameter."""
-        return _layer(parameter)
+        return layer_of(parameter)
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class PerParameter(Clipping):
-    """One threshold for each parameter tensor."""
+    """One threshold for each parameter tensor.
+
+    Args:
+        clip_norm: Total C = √ΣC_m², the L2 sensitivity; positive.
+        budgets: Part of each tensor: `equal`, `dimension`, or numbers by name, as for `Clipping`.
+        rule, adaptive: As for `Flat`.
+    """
 
     def group_of(self, parameter: str) -> str:
         """Return the parameter's own name."""
@@ -255,6 +277,7 @@ class ByPattern(Clipping):
     Args:
         patterns: Patterns of each group, by group name; together they must cover every trainable
             parameter, and each must match one.
+        clip_norm, budgets, rule, adaptive: As for `PerLayer`.
 
     Examples:
         >>> clipping = ByPattern(
@@ -286,35 +309,10 @@ class ByPattern(Clipping):
                 if not fnmatch.filter(sizes, pattern):
                     raise ValueError(
                         f"Pattern {pattern!r} of group {group!r} matches no trainable parameter."
-                        f"{_nearest(pattern, sizes)}"
+                        f"{nearest(pattern, sizes)}"
                     )
         return super().resolve(sizes)
 
 
-def _layer(parameter: str) -> str:
-    return parameter.rpartition(".")[0] or parameter
-
-
 def _listed(patterns: str | Sequence[str]) -> Sequence[str]:
     return [patterns] if isinstance(patterns, str) else patterns
-
-
-def _require_same_names(budgets: Mapping[str, float], names: Sequence[str]) -> None:
-    unknown = [name for name in budgets if name not in names]
-    if unknown:
-        raise ValueError(
-            f"budgets names group {unknown[0]!r}, which the model does not have."
-            f"{_nearest(unknown[0], names)}"
-        )
-    missing = [name for name in names if name not in budgets]
-    if missing:
-        raise ValueError(
-            f"budgets has no number for group {missing[0]!r} ({len(missing)} of {len(names)} "
-            "groups have none); give one for every group, or use budgets='equal'."
-        )
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    plain = name.replace("*", "")
-    close = difflib.get_close_matches(plain, list(known), n=3, cutoff=0.3)
-    return f" Nearest names: {', '.join(close)}." if close else ""

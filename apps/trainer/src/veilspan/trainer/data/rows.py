@@ -34,7 +34,7 @@ class Rows(Protocol):
 
 @final
 class TextFiles:
-    """Each file is one row; bytes that are not UTF-8 become U+FFFD."""
+    """Each file is one row, in UTF-8; other bytes become U+FFFD, a byte order mark is no text."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = files
@@ -46,7 +46,7 @@ class TextFiles:
         """Return the first `limit` characters of file number `row`."""
         path = self._files[row]
         try:
-            with path.open(encoding="utf-8", errors="replace", newline="") as file:
+            with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
                 return file.read(limit)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}.") from error
