@@ -107,7 +107,9 @@ def test_norms_that_are_not_wanted_are_zero(
     wanted_B = fence(torch.tensor(wanted))
     right = torch.where(wanted_B, direct_norm(act_BTI, grad_BTO), 0.0)
     act_BTI[~wanted_B] = float("nan")  # their operands are not read
-    assert torch.equal(direct_norm(act_BTI, grad_BTO, wanted_B=wanted_B), right)
+    found = direct_norm(act_BTI, grad_BTO, wanted_B=wanted_B)
+    # In fp64 the library multiplies fewer samples, which a GPU may do in another order.
+    torch.testing.assert_close(found, right, rtol=1e-13 if dtype == torch.float64 else 0, atol=0)
 
 
 def test_results_are_the_same_in_two_runs(fence: Fence) -> None:
