@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -172,7 +173,18 @@ def entries(cell: Cell, names: Sequence[str], shorter: Experience) -> dict[str, 
             why = why_absent(name) or _why_skipped(cell, name, shorter)
             found[name] = Entry(method=name, size=size, skipped=why)
     if "auto" in names or "auto_free" in names:
-        found |= _automatic(cell, found)
+        try:
+            found |= _automatic(cell, found)
+        except Exception as error:
+            if cell.shape.device == "cpu":
+                raise
+            traceback.print_exception(error)  # on a GPU the others are measured all the same
+            why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+            found |= {
+                name: Entry(method="auto", size=cell.size, skipped=why)
+                for name in ("auto", "auto_free")
+                if name in names
+            }
     return {name: entry for name, entry in found.items() if name != "auto" or name in names}
 
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from veilspan.core import Automatic, Clip, Flat
+from veilspan.core import Automatic, Clip, Flat, products
+from veilspan.core.contributions import OuterProducts
 from veilspan.core.norms import BlockedKernel, sq_norm
 from veilspan.core.testing import assert_kernel_conforms
 
@@ -118,3 +119,31 @@ def test_a_clip_norm_that_is_not_positive_is_refused(clip_norm):
 def test_a_gamma_out_of_range_is_refused(gamma):
     with pytest.raises(ValueError, match="gamma is"):
         Automatic(gamma=gamma)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [33, 300])
+def test_operands_of_16_bits_are_multiplied_as_they_are_where_the_device_can(
+    dtype, length, monkeypatch
+):
+    asked, bmm = [], torch.bmm
+
+    def widening(left, right, *, out_dtype=None):
+        asked.append((left.dtype, right.dtype, out_dtype))
+        return (
+            bmm(left, right) if out_dtype is None else bmm(left.to(out_dtype), right.to(out_dtype))
+        )
+
+    act, grad = torch.randn(2, length, 9).to(dtype), torch.randn(2, length, 5).to(dtype)
+    exact = torch.bmm(grad.double().mT, act.double()).square().sum((1, 2))
+    kernel = BlockedKernel(block_elements=1 << 12)
+    plain = [kernel.sq_norm_direct(act, grad)[0], kernel.sq_norm_gram(act, grad)[0]]
+    monkeypatch.setattr(torch, "bmm", widening)
+    monkeypatch.setattr(products, "multiplies_wide", lambda left, right: left.dtype == right.dtype)
+    found = [kernel.sq_norm_direct(act, grad)[0], kernel.sq_norm_gram(act, grad)[0]]
+    part = OuterProducts(act_BTI=act, grad_BTO=grad, kernel=kernel)
+    found.append(torch.stack([part.sample(b).sq_norm() for b in range(2)]))
+    assert set(asked) == {(dtype, dtype, torch.float32)}
+    for sq_norm_B, less in zip(found, [*plain, exact * (1 - 1e-6)], strict=True):
+        torch.testing.assert_close(sq_norm_B, exact, rtol=1e-4, atol=0.0)
+        assert (sq_norm_B >= less).all()  # and what tensor cores cut off is covered

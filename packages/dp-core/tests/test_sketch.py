@@ -25,8 +25,9 @@ from veilspan.core.formed import Formed, Recomputed
 from veilspan.core.head import fused_causal_lm_losses
 from veilspan.core.measures import Measure
 from veilspan.core.measures import common_key as fresh_key
-from veilspan.core.norms import BlockedKernel, compute_dtype
+from veilspan.core.norms import BlockedKernel
 from veilspan.core.plan import StrategyPlan
+from veilspan.core.products import compute_dtype
 from veilspan.core.reduction import LocalShards
 from veilspan.core.survey import trainable_parameters
 from veilspan.core.testing import Oracle

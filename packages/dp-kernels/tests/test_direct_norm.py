@@ -98,6 +98,20 @@ def test_a_sample_that_is_not_finite_spoils_no_other(fence: Fence) -> None:
     assert torch.equal(found[::2], alone[::2])
 
 
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float64])
+@pytest.mark.parametrize("wanted", [(True, False, True), (False,) * 3, (True,) * 3])
+def test_norms_that_are_not_wanted_are_zero(
+    wanted: tuple[bool, ...], dtype: torch.dtype, fence: Fence
+) -> None:
+    act_BTI, grad_BTO = operands((3, 37, 45, 51), dtype, fence)
+    wanted_B = fence(torch.tensor(wanted))
+    right = torch.where(wanted_B, direct_norm(act_BTI, grad_BTO), 0.0)
+    act_BTI[~wanted_B] = float("nan")  # their operands are not read
+    found = direct_norm(act_BTI, grad_BTO, wanted_B=wanted_B)
+    # In fp64 the library multiplies fewer samples, which a GPU may do in another order.
+    torch.testing.assert_close(found, right, rtol=1e-13 if dtype == torch.float64 else 0, atol=0)
+
+
 def test_results_are_the_same_in_two_runs(fence: Fence) -> None:
     act_BTI, grad_BTO = operands((2, 40, 70, 40), torch.bfloat16, fence)
     assert torch.equal(direct_norm(act_BTI, grad_BTO), direct_norm(act_BTI, grad_BTO))
@@ -123,6 +137,8 @@ def test_indices_reach_beyond_32_bits(shape: tuple[int, ...], strides: tuple[int
         ({"grad_BTO": torch.ones(2, 4, 5)}, r"grad_BTO has shape \[2, 4, 5\]; .* \[2, 3, O\]"),
         ({"act_BTI": torch.ones(2, 3, 4, dtype=torch.int32)}, "act_BTI is torch.int32"),
         ({"grad_BTO": torch.ones(2, 3, 5, device="meta")}, "grad_BTO is on meta"),
+        ({"wanted_B": torch.ones(2)}, "wanted_B is torch.float32; it must be one of bool"),
+        ({"wanted_B": torch.ones(3, dtype=torch.bool)}, r"wanted_B has shape \[3\]; .* \[2\]"),
     ],
 )
 def test_bad_input_is_named(change: dict, message: str) -> None:

@@ -15,7 +15,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from veilspan.core.norms import compute_dtype, distinct_sums, magnitudes, sq_norm, sq_norms
+from veilspan.core.norms import distinct_sums, magnitudes, sq_norm, sq_norms
+from veilspan.core.products import compute_dtype, products
 from veilspan.core.projection import ProbeRows, Projection, rows_at_once
 from veilspan.core.protocols import NormKernel
 from veilspan.core.sums import ClippedSum
@@ -31,8 +32,8 @@ class SampleGradient(Protocol):
         """Return its squared norm, fp64 scalar."""
         ...
 
-    def add_to(self, sums: ClippedSum, name: str, factor: float) -> None:
-        """Add `factor` times the gradient to the sum of parameter `name`."""
+    def add_to(self, sums: ClippedSum, name: str, factor: Tensor) -> None:
+        """Add `factor`, a scalar, times the gradient to the sum of parameter `name`."""
         ...
 
     def write(self, out: Tensor) -> None:
@@ -90,7 +91,7 @@ class Dense:
         """Return the squared norm, fp64 scalar."""
         return sq_norm(self.gradient)
 
-    def add_to(self, sums: ClippedSum, name: str, factor: float) -> None:
+    def add_to(self, sums: ClippedSum, name: str, factor: Tensor) -> None:
         """Add `factor` times the gradient."""
         sums.add_(name, self.gradient, factor)
 
@@ -101,7 +102,7 @@ class Dense:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Gradient of one sample that is zero outside of some distinct rows."""
+    """Gradient of one sample that is zero outside of some rows, as `distinct_sums` gives it."""
 
     rows_R: Tensor
     gradient_RD: Tensor
@@ -110,13 +111,13 @@ class Rows:
         """Return the squared norm, fp64 scalar."""
         return sq_norm(self.gradient_RD)
 
-    def add_to(self, sums: ClippedSum, name: str, factor: float) -> None:
+    def add_to(self, sums: ClippedSum, name: str, factor: Tensor) -> None:
         """Add `factor` times the rows."""
         sums.add_rows_(name, self.rows_R, self.gradient_RD, factor)
 
     def write(self, out: Tensor) -> None:
         """Write the rows."""
-        out[self.rows_R] = self.gradient_RD.to(out.dtype)
+        out.index_add_(0, self.rows_R, self.gradient_RD.to(out.dtype))
 
 
 @dataclass(kw_only=True)
@@ -136,8 +137,8 @@ class OuterProducts:
     def sample(self, b: int) -> Dense:
         """Return GᵀA of one sample, accumulated in fp32 or fp64."""
         dtype = compute_dtype(self.grad_BTO.dtype)
-        act, grad = self.act_BTI[b : b + 1].to(dtype), self.grad_BTO[b : b + 1].to(dtype)
-        return Dense(gradient=self.kernel.per_sample_grad(act, grad)[0])
+        grad, act = self.grad_BTO[b : b + 1], self.act_BTI[b : b + 1]
+        return Dense(gradient=products(grad.mT, act, dtype)[0])
 
     def sq_norms(self, choose: NormChoice) -> Tensor:
         """Return ‖GᵀA‖² per sample by the form that `choose` names for this shape."""
@@ -308,6 +309,6 @@ class Lookups:
 
 def add_each(part: Contribution, sums: ClippedSum, name: str, factor_B: Tensor) -> None:
     """Add sample by sample; a zero factor drops its sample whatever it is."""
-    for b, factor in enumerate(factor_B.tolist()):
-        if factor != 0.0:
+    for b, factor in enumerate(factor_B.unbind(0)):
+        if factor.device.type != "cpu" or float(factor) != 0.0:  # a GPU would have to be waited for
             part.sample(b).add_to(sums, name, factor)

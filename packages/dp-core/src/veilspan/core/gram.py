@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from veilspan.core.products import cut_off, operand, products
+
 _SMALL_TILE, _TILE, _LARGE_TILE = 64, 128, 256  # tokens of a side of a tile
 _AT_ONCE = 1 << 18  # pairs of tokens of one sample that are held together
 
@@ -55,12 +57,16 @@ class GramForm:
         room = self._block_elements // max(1, batch)  # of each sample
         side = max(1, min(best, math.isqrt(room)))
         if _pairs(length, side) > min(room, _AT_ONCE):
-            return _in_pieces(act_BTI.to(dtype), grad_BTO.to(dtype), side, room)
-        acts_Bn, root_of_act_BT = self._of_input(act_BTI, side, dtype)
-        grads_Bn, root_of_grad_BT = _products(grad_BTO.to(dtype), side)
-        weight_n = _layout(length, side, act_BTI.device)[0]
-        sq_B = torch.mv(grads_Bn.mul_(acts_Bn).double(), weight_n)
-        return sq_B, torch.linalg.vecdot(root_of_act_BT, root_of_grad_BT)
+            sq_B, size_B = _in_pieces(act_BTI, grad_BTO, dtype, side, room)
+        else:
+            acts_Bn, root_of_act_BT = self._of_input(act_BTI, side, dtype)
+            grads_Bn, root_of_grad_BT = _products(grad_BTO, dtype, side)
+            weight_n = _layout(length, side, act_BTI.device)[0]
+            sq_B = torch.mv(grads_Bn.mul_(acts_Bn).double(), weight_n)
+            size_B = torch.linalg.vecdot(root_of_act_BT, root_of_grad_BT)
+        shortening = cut_off(act_BTI.shape[2], act_BTI, act_BTI)
+        shortening += cut_off(grad_BTO.shape[2], grad_BTO, grad_BTO)
+        return sq_B * (1.0 + shortening), size_B
 
     def _of_input(self, act_BTI: Tensor, side: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return `_products` of this very input, formed anew unless it is the last one."""
@@ -68,7 +74,7 @@ class GramForm:
         key = (*place, act_BTI._version, side, dtype)
         known = self._input is not None and self._input() is not None and self._key == key
         if self._products is None or not known:
-            self._products = _products(act_BTI.to(dtype), side)
+            self._products = _products(act_BTI, dtype, side)
         self._input, self._key = weakref.ref(act_BTI), key
         return self._products
 
@@ -85,14 +91,15 @@ def _pairs(length: int, side: int) -> int:
     return side * side * whole * (whole + 1) // 2 + rest * length
 
 
-def _products(rows_BTx: Tensor, side: int) -> tuple[Tensor, Tensor]:
+def _products(rows_BTx: Tensor, dtype: torch.dtype, side: int) -> tuple[Tensor, Tensor]:
     """Return products of tokens, `[B, n]`, row by row of tiles, and norms of tokens, `[B, T]`."""
-    length = rows_BTx.shape[1]
+    length, rows_BTx = rows_BTx.shape[1], operand(rows_BTx, dtype)
     parts = [
-        torch.bmm(rows_BTx[:, rows], rows_BTx[:, columns].mT).flatten(1)
+        products(rows_BTx[:, rows], rows_BTx[:, columns].mT, dtype).flatten(1)
         for rows, columns in _rows(length, side)
     ]
-    products_Bn = torch.cat(parts, 1) if parts else rows_BTx.new_zeros((len(rows_BTx), 0))
+    nothing = rows_BTx.new_zeros((len(rows_BTx), 0), dtype=dtype)
+    products_Bn = torch.cat(parts, 1) if parts else nothing
     diagonal_T = _layout(length, side, rows_BTx.device)[1]
     return products_Bn, products_Bn.index_select(1, diagonal_T).double().sqrt()
 
@@ -113,16 +120,19 @@ def _layout(length: int, side: int, device: torch.device) -> tuple[Tensor, Tenso
     return found.to(device), torch.tensor(diagonal, dtype=torch.int64, device=device)
 
 
-def _in_pieces(act_BTI: Tensor, grad_BTO: Tensor, side: int, room: int) -> tuple[Tensor, Tensor]:
+def _in_pieces(
+    act_BTI: Tensor, grad_BTO: Tensor, dtype: torch.dtype, side: int, room: int
+) -> tuple[Tensor, Tensor]:
     """Return both sums of long sequences: row by row of tiles, at most `room` pairs at a time."""
     batch, length = act_BTI.shape[:2]
+    act_BTI, grad_BTO = operand(act_BTI, dtype), operand(grad_BTO, dtype)
     sq_B, size_B = grad_BTO.new_zeros((2, batch), dtype=torch.float64)
     most = max(1, min(room, _LARGE_TILE**2) // side**2) * side
     for rows, columns in _rows(length, side):
         for j in range(0, columns.stop, most):
             some = slice(j, min(j + most, columns.stop))
-            of_acts = torch.bmm(act_BTI[:, rows], act_BTI[:, some].mT)
-            of_grads = torch.bmm(grad_BTO[:, rows], grad_BTO[:, some].mT)
+            of_acts = products(act_BTI[:, rows], act_BTI[:, some].mT, dtype)
+            of_grads = products(grad_BTO[:, rows], grad_BTO[:, some].mT, dtype)
             diagonal = slice(rows.start - j, None)  # nothing, before the last columns
             roots = _diagonal_roots(of_acts[:, :, diagonal])
             size_B += torch.linalg.vecdot(roots, _diagonal_roots(of_grads[:, :, diagonal]))

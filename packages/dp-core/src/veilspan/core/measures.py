@@ -17,7 +17,8 @@ from veilspan.core.contributions import Contribution, Lookups, NormChoice, Outer
 from veilspan.core.cost import table_pays
 from veilspan.core.errors import PrivacyError
 from veilspan.core.noise import GaussianNoise
-from veilspan.core.norms import compute_dtype, magnitudes, rounding_guard
+from veilspan.core.norms import magnitudes, rounding_guard
+from veilspan.core.products import compute_dtype
 from veilspan.core.projection import ProbeRows, Projection
 from veilspan.core.protocols import NoiseSource, SequenceShards
 from veilspan.core.reduction import common_key

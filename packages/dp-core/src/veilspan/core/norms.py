@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from veilspan.core.gram import GramForm
+from veilspan.core.products import compute_dtype, cut_off, operand, products
 
 GRAM_CANCELLATION = 1e-5
 """Below this fraction of (Σ‖a‖‖g‖)² the Gram form has no correct digits left to trust."""
@@ -27,11 +28,6 @@ ADDED_IN_PLACE = 128
 _ROWS, _SIGNS = 16, 4  # of a sample, looked at to tell it from another
 
 _CHAIN = 1024  # fp32 sums of squares stay this short; longer chains lose digits of the norm
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which sums over `dtype` values are formed: fp64 for fp64, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def sq_norm(values: Tensor) -> Tensor:
@@ -93,8 +89,18 @@ def _signs(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def distinct_sums(ids_T: Tensor, grad_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distinct ids, `[R]`, and the sums of their gradients, `[R, D]` fp32 or fp64."""
-    distinct, place_T = torch.unique(ids_T, return_inverse=True)
+    """Return the distinct ids, `[R]`, and the sums of their gradients, `[R, D]` fp32 or fp64.
+
+    To count the distinct ids of a GPU the host would wait for it: there R is T, and rows that are
+    left over have the first id and sums of 0.
+    """
+    if ids_T.device.type == "cpu":
+        distinct, place_T = torch.unique(ids_T, return_inverse=True)
+    else:
+        ordered_T, order_T = torch.sort(ids_T)
+        rank_T = (ordered_T.diff(prepend=ordered_T[:1]) != 0).cumsum(0)
+        distinct = ordered_T[:1].repeat(len(ids_T)).scatter_(0, rank_T, ordered_T)
+        place_T = torch.empty_like(rank_T).scatter_(0, order_T, rank_T)
     wide_TD = grad_TD.to(compute_dtype(grad_TD.dtype))
     sums_RD = wide_TD.new_zeros((len(distinct), grad_TD.shape[1]))
     return distinct, sums_RD.index_add_(0, place_T, wide_TD)
@@ -157,6 +163,7 @@ class BlockedKernel:
         https://arxiv.org/abs/2110.05679.
         """
         sq_B, size_B = self._gram.sums(act_BTI, grad_BTO, compute_dtype(grad_BTO.dtype))
+        # A GPU waits here, once for a map; `TritonKernel` of veilspan-kernels has a way around.
         hidden_B = sq_B < GRAM_CANCELLATION * size_B.square()
         if bool(hidden_B.any()):
             sq_B = sq_B.clone()
@@ -187,8 +194,12 @@ class BlockedKernel:
 
         One product over all samples, except for samples whose terms cancel: each of those is added
         on its own, so that the rounding of its large terms meets no other sample. What is left of
-        the rounding is below that of an fp32 sum of contributions of norm `clip_norm`.
+        the rounding is below that of an fp32 sum of contributions of norm `clip_norm`. On a GPU,
+        which would be waited for to know them, each sample is.
         """
+        if total_OI.device.type != "cpu":
+            self._add_each_(total_OI, act_BTI, grad_BTO, factor_B.to(total_OI.dtype))
+            return
         if size_B is None:
             size_B = magnitudes(act_BTI, grad_BTO)
         steady_B = size_B * factor_B <= CANCELLING * math.sqrt(act_BTI.shape[1]) * clip_norm
@@ -240,6 +251,12 @@ class BlockedKernel:
         self, total_VD: Tensor, ids_BT: Tensor, grad_BTD: Tensor, factor_B: Tensor
     ) -> None:
         """Add Σ_b factor_b · g_bt to row id_bt of the total, a sample at a time."""
+        if total_VD.device.type != "cpu":
+            for ids_T, grad_TD, factor in zip(ids_BT, grad_BTD, factor_B, strict=True):
+                rows, sums_RD = distinct_sums(ids_T, grad_TD)
+                part = torch.where(factor == 0.0, 0.0, sums_RD.to(total_VD.dtype) * factor)
+                total_VD.index_add_(0, rows, part)
+            return
         for b, factor in enumerate(factor_B.tolist()):
             if factor != 0.0:
                 rows, sums_RD = distinct_sums(ids_BT[b], grad_BTD[b])
@@ -247,7 +264,11 @@ class BlockedKernel:
 
     def add_weighted_(self, total: Tensor, grad_Bx: Tensor, factor_B: Tensor) -> None:
         """Add Σ_b factor_b · grad_b to the total, on a CPU in one sweep over it."""
-        if grad_Bx.dtype != total.dtype or grad_Bx.device.type != "cpu":  # TF32 might round there
+        if grad_Bx.device.type != "cpu":  # one product might be rounded to TF32
+            for gradient, factor in zip(grad_Bx, factor_B.to(total.dtype), strict=True):
+                total.addcmul_(torch.where(factor == 0.0, 0.0, gradient), factor)
+            return
+        if grad_Bx.dtype != total.dtype:
             for gradient, factor in zip(grad_Bx.unbind(0), factor_B.tolist(), strict=True):
                 if factor != 0.0:
                     total.add_(gradient, alpha=factor)
@@ -258,12 +279,26 @@ class BlockedKernel:
         flat_Bn = grad_Bx.reshape(len(grad_Bx), total.numel())
         total.view(-1).addmv_(flat_Bn.mT, factor_B.to(total.dtype))
 
+    def _add_each_(
+        self, total_OI: Tensor, act_BTI: Tensor, grad_BTO: Tensor, factor_B: Tensor
+    ) -> None:
+        dtype = compute_dtype(grad_BTO.dtype)
+        step = max(1, self.block_elements // max(1, act_BTI.shape[2]))
+        for total_oI, block_BTo in zip(
+            total_OI.split(step), grad_BTO.split(step, dim=2), strict=True
+        ):
+            for b, factor in enumerate(factor_B.unbind(0)):
+                grad, act = block_BTo[b : b + 1], act_BTI[b : b + 1]
+                product_oI = products(grad.mT, act, dtype)[0]
+                total_oI.addcmul_(torch.where(factor == 0.0, 0.0, product_oI), factor)
+
     def _direct(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
         dtype = compute_dtype(grad_BTO.dtype)
         batch, _, width = act_BTI.shape
         rows = max(1, self.block_elements // max(1, batch * width))
         sq_B = grad_BTO.new_zeros(batch, dtype=torch.float64)
-        act_BTI = act_BTI.to(dtype)
+        shortening = cut_off(act_BTI.shape[1], act_BTI, grad_BTO)
+        act_BTI = operand(act_BTI, dtype)
         for block_BTo in grad_BTO.split(rows, dim=2):
-            sq_B += _row_norms(torch.bmm(block_BTo.mT.to(dtype), act_BTI)).square().sum(1)
-        return sq_B
+            sq_B += _row_norms(products(block_BTo.mT, act_BTI, dtype)).square().sum(1)
+        return sq_B * (1.0 + shortening) ** 2

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from veilspan.core.norms import compute_dtype, sq_norm
+from veilspan.core.norms import sq_norm
+from veilspan.core.products import compute_dtype
 from veilspan.core.protocols import NormKernel
 
 CACHE = Path.home() / ".cache" / "veilspan" / "device_rates.json"

@@ -22,6 +22,9 @@ from veilspan.core.protocols import (
     SplitModel,
 )
 
+Factor = float | Tensor
+"""Factor of one sample: a number, or a scalar on a device that nobody waits for."""
+
 
 class Accumulator(Protocol):
     """How contributions to one parameter are added, and what the sum is in numbers."""
@@ -35,7 +38,7 @@ class Accumulator(Protocol):
         """Return a sum of zeros of `shape` for gradients like `gradient`."""
         ...
 
-    def scaled(self, gradient: Tensor, factor: float, clip_norm: float) -> tuple[Tensor, float]:
+    def scaled(self, gradient: Tensor, factor: Factor, clip_norm: float) -> tuple[Tensor, Factor]:
         """Return (x, a) such that a·x is `factor · gradient` in the units of the sum."""
         ...
 
@@ -62,7 +65,7 @@ class RoundedSum:
         dtype = torch.promote_types(gradient.dtype, torch.float32)
         return torch.zeros(shape, dtype=dtype, device=gradient.device)
 
-    def scaled(self, gradient: Tensor, factor: float, clip_norm: float) -> tuple[Tensor, float]:
+    def scaled(self, gradient: Tensor, factor: Factor, clip_norm: float) -> tuple[Tensor, Factor]:
         """Return both as they are: the sum scales and adds in one pass."""
         return gradient, factor
 
@@ -90,7 +93,7 @@ class ExactSum:
         """Return zeros in int64."""
         return torch.zeros(shape, dtype=torch.int64, device=gradient.device)
 
-    def scaled(self, gradient: Tensor, factor: float, clip_norm: float) -> tuple[Tensor, int]:
+    def scaled(self, gradient: Tensor, factor: Factor, clip_norm: float) -> tuple[Tensor, Factor]:
         """Return `factor · gradient` in multiples of C_m·2⁻⁴⁰, truncated toward zero, int64."""
         grains = gradient.double() * (factor * (2.0**self.BITS / clip_norm))
         return grains.to(torch.int64), 1
@@ -150,26 +153,32 @@ class ClippedSum:
         self.discard()
         self._clip_norms = dict(clip_norms)
 
-    def add_(self, name: str, gradient: Tensor, factor: float = 1.0) -> None:
-        """Add `factor · gradient`, the part of parameter `name` owned here."""
-        if factor == 0.0:
+    def add_(self, name: str, gradient: Tensor, factor: Tensor) -> None:
+        """Add `factor · gradient`, the part of parameter `name` owned here.
+
+        A factor is a scalar; 0 drops the gradient, finite or not. No host waits for one on a GPU.
+        """
+        if _known_zero(factor):
             return
         total = self._total(name, gradient.shape, gradient)
-        part, alpha = self._accumulator.scaled(gradient, factor, self._clip_norms[name])
-        total.add_(part, alpha=alpha)
+        if factor.device.type == "cpu" or self.sample_by_sample:
+            part, alpha = self._scaled(name, gradient, factor)
+            total.add_(part, alpha=alpha)
+        else:
+            self._kernel.add_weighted_(total, gradient[None], factor[None])
 
-    def add_rows_(self, name: str, rows: Tensor, gradient_RD: Tensor, factor: float) -> None:
-        """Add `factor · gradient` to distinct rows of parameter `name`."""
-        if factor == 0.0:
+    def add_rows_(self, name: str, rows: Tensor, gradient_RD: Tensor, factor: Tensor) -> None:
+        """Add `factor · gradient` to rows of parameter `name`, where `gradient` is fp32 or fp64."""
+        if _known_zero(factor):
             return
         total = self._total(name, self._parameters[name].shape, gradient_RD)
-        part, alpha = self._accumulator.scaled(gradient_RD, factor, self._clip_norms[name])
+        part, alpha = self._scaled(name, gradient_RD, factor)
         total.index_add_(0, rows, part.to(total.dtype), alpha=alpha)
 
     def add_samples_(self, name: str, grad_Bx: Tensor, factor_B: Tensor) -> None:
         """Add Σ_b factor_b · grad_b; a zero factor drops its sample, finite or not."""
         if self.sample_by_sample:
-            for gradient, factor in zip(grad_Bx.unbind(0), factor_B.tolist(), strict=True):
+            for gradient, factor in zip(grad_Bx.unbind(0), factor_B.unbind(0), strict=True):
                 self.add_(name, gradient, factor)
         else:
             total = self._total(name, grad_Bx.shape[1:], grad_Bx)
@@ -240,10 +249,22 @@ class ClippedSum:
         """Return the sum of one parameter in fp32 or fp64, and forget it."""
         return self._accumulator.value(self._sums.pop(name), self._clip_norms[name])
 
+    def _scaled(self, name: str, gradient: Tensor, factor: Tensor) -> tuple[Tensor, float]:
+        """Return (x, a) such that a·x is what the sum gets."""
+        limit, known = self._clip_norms[name], factor.device.type == "cpu"
+        finite = gradient if known else torch.where(factor == 0.0, 0.0, gradient)
+        scale = float(factor) if known else factor
+        part, alpha = self._accumulator.scaled(finite, scale, limit)
+        return (part * alpha, 1) if isinstance(alpha, Tensor) else (part, alpha)
+
     def _total(self, name: str, shape: torch.Size, gradient: Tensor) -> Tensor:
         if name not in self._sums:
             self._sums[name] = self._accumulator.start(shape, gradient)
         return self._sums[name]
+
+
+def _known_zero(factor: Tensor) -> bool:
+    return factor.device.type == "cpu" and float(factor) == 0.0
 
 
 def accumulator_named(name: str, *, clip_norm: float, expected_batch_size: float) -> Accumulator:

@@ -68,8 +68,8 @@ class TritonKernel:
         hidden_B = ~(sq_B >= GRAM_CANCELLATION * size_B.square())  # NaN too
         features = act_BTI.shape[2] + grad_BTO.shape[2]
         sq_B = sq_B * (1.0 + _cut_off(features, act_BTI))
-        if bool(hidden_B.any()):
-            sq_B[hidden_B] = self._direct(act_BTI[hidden_B], grad_BTO[hidden_B])
+        if act_BTI.device.type != "cpu" or bool(hidden_B.any()):  # a GPU would be waited for
+            sq_B = torch.where(hidden_B, self._direct(act_BTI, grad_BTO, hidden_B), sq_B)
         return sq_B + (_rounding(act_BTI) * size_B).square(), size_B
 
     def per_sample_grad(
@@ -92,6 +92,11 @@ class TritonKernel:
 
         A factor multiplies the fp32 product of its own sample, so rounding of large terms that
         cancel meets no other sample, whatever `clip_norm` and `size_B` are.
+
+        Raises:
+            ValueError: If `clip_norm` is not above 0, a shape, a dtype or a device does not fit,
+                the total is not contiguous, a factor is not finite, or where PyTorch would multiply
+                fp32 operands in TF32.
         """
         if not clip_norm > 0:
             raise ValueError(f"clip_norm is {clip_norm}; it must be above 0.")
@@ -123,13 +128,13 @@ class TritonKernel:
     def add_weighted_(self, total: Tensor, grad_Bx: Tensor, factor_B: Tensor) -> None:
         """Add Σ_b factor_b · grad_b to the total, fp32 or fp64, in place."""
         rows = total.shape[0] if total.ndim > 1 else 1
-        columns = total.numel() // rows
+        columns = total.numel() // max(rows, 1)
         flat_Brc = grad_Bx.reshape(len(grad_Bx), rows, columns)
         weighted_sum(flat_Brc, factor_B, total=total.view(rows, columns))
 
-    def _direct(self, act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
+    def _direct(self, act_BTI: Tensor, grad_BTO: Tensor, wanted_B: Tensor | None = None) -> Tensor:
         shortening = _cut_off(act_BTI.shape[1], act_BTI)
-        return direct_norm(act_BTI, grad_BTO) * (1.0 + shortening) ** 2
+        return direct_norm(act_BTI, grad_BTO, wanted_B=wanted_B) * (1.0 + shortening) ** 2
 
 
 def _alike(act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:

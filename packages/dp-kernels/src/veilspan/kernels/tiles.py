@@ -105,11 +105,14 @@ def accumulator(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def plan(op: str, act_BTI: Tensor, grad_BTO: Tensor, *results: Tensor) -> Configuration | None:
+def plan(
+    op: str, act_BTI: Tensor, grad_BTO: Tensor, *results: Tensor, any_length: bool = False
+) -> Configuration | None:
     """Return how to launch the kernel of an op, or None where PyTorch computes it in blocks.
 
     Rows of the table may bound `samples`, `tokens`, `inputs`, `outputs`, the `bytes` of an element,
     and `odd`, which is 1 where rows begin at addresses that tensor cores cannot be fed from fast.
+    `any_length` asks for the kernel also where long sequences would go to the library.
     """
     tensors = (act_BTI, grad_BTO, *results)
     if not all(runs_kernels(tensor) for tensor in tensors):
@@ -119,7 +122,7 @@ def plan(op: str, act_BTI: Tensor, grad_BTO: Tensor, *results: Tensor) -> Config
         op,
         act_BTI.device,
         samples=samples,
-        tokens=tokens,
+        tokens=0 if any_length else tokens,
         inputs=inputs,
         outputs=grad_BTO.shape[2],
         bytes=torch.promote_types(act_BTI.dtype, grad_BTO.dtype).itemsize,

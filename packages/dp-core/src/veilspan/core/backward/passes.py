@@ -16,7 +16,8 @@ from veilspan.core.backward.samples import Samples
 from veilspan.core.contributions import Contribution
 from veilspan.core.measures import Squares
 from veilspan.core.micro_batch import MicroBatch, Use
-from veilspan.core.norms import compute_dtype, sq_norms
+from veilspan.core.norms import sq_norms
+from veilspan.core.products import compute_dtype
 from veilspan.core.projection import Projection
 
 _TOGETHER = 1 << 22
@@ -259,7 +260,7 @@ class BookPass:
             sq_norm = sum((g.sq_norm() for _, g in formed), start=self._zeros()[0])
             factor_B = self._work.factors(group, sq_norm[None], slack=self._slack, first=b)
             for name, gradient in formed:
-                gradient.add_to(self._work.sums, name, float(factor_B))
+                gradient.add_to(self._work.sums, name, factor_B[0])
 
     def _zeros(self) -> Tensor:
         return torch.zeros(self._batch.size, dtype=torch.float64, device=self._batch.device)

@@ -38,15 +38,15 @@ class SingleSample:
         sq_norm_M = torch.zeros(len(work.groups), dtype=torch.float64, device=losses_B.device)
         for name, grad in grads.items():
             sq_norm_M[index[name]] += sq_norm(grad)
-        reached_P = sq_norm_M.new_tensor([name in grads for name in owned])
-        sums = work.shards.sum_scalars(torch.cat((sq_norm_M, reached_P)))
-        sq_norm_M, reached = sums[: len(sq_norm_M)], sums[len(sq_norm_M) :].tolist()
-        _require_all_or_none(dict(zip(owned, reached, strict=True)), work.shards.degree)
+        if work.shards.degree > 1:
+            reached_P = sq_norm_M.new_tensor([name in grads for name in owned])
+            sums = work.shards.sum_scalars(torch.cat((sq_norm_M, reached_P)))
+            sq_norm_M, reached = sums[: len(sq_norm_M)], sums[len(sq_norm_M) :].tolist()
+            _require_all_or_none(dict(zip(owned, reached, strict=True)), work.shards.degree)
         factor_M1 = work.all_factors(sq_norm_M[:, None], slack=work.slack(fp32=STORED_SLACK))
-        factors = factor_M1.flatten().tolist()
         for name, grad in grads.items():
             owned[name].grad = None
-            work.sums.add_(name, grad, factors[index[name]])
+            work.sums.add_(name, grad, factor_M1[index[name], 0].to(grad.device))
 
 
 def _require_all_or_none(ranks: Mapping[str, float], degree: int) -> None:

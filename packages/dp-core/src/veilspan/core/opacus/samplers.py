@@ -17,8 +17,9 @@ from veilspan.core.backward.base import FORMED_SLACK
 from veilspan.core.contributions import Contribution, NormChoice, RowSums
 from veilspan.core.cost import cheaper_norm
 from veilspan.core.errors import UnsupportedModelError
-from veilspan.core.norms import compute_dtype, rounding_guard
+from veilspan.core.norms import rounding_guard
 from veilspan.core.opacus.installed import opacus
+from veilspan.core.products import compute_dtype
 from veilspan.core.protocols import NormKernel
 from veilspan.core.rates import DeviceRates
 from veilspan.core.rules import Rule, affine_rule

@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from veilspan.core.contributions import RowSums
 from veilspan.core.formed import Recomputed
-from veilspan.core.norms import compute_dtype
+from veilspan.core.products import compute_dtype
 from veilspan.core.rules.base import Gradients
 
 _FORWARDS = {

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veilspan.core.formed import Recomputed
-from veilspan.core.norms import compute_dtype, magnitudes
+from veilspan.core.norms import magnitudes
+from veilspan.core.products import compute_dtype
 from veilspan.core.projection import Projection
 from veilspan.core.rules.base import Gradients
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from veilspan.core.contributions import RowSums
-from veilspan.core.norms import compute_dtype
+from veilspan.core.products import compute_dtype
 from veilspan.core.protocols import NormKernel
 from veilspan.core.rules.base import Gradients
 from veilspan.core.rules.probe import close, own_parameters, probe_input, probed, run, shallow_copy

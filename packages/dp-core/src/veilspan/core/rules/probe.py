@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from veilspan.core.contributions import Contribution
-from veilspan.core.norms import compute_dtype
+from veilspan.core.products import compute_dtype
 from veilspan.core.rules.base import Rule
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

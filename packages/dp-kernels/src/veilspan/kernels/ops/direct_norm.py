@@ -8,7 +8,12 @@ from typing import no_type_check
 import torch
 from torch import Tensor
 
-from veilspan.kernels.checks import require_linear
+from veilspan.kernels.checks import (
+    require_dtype,
+    require_linear,
+    require_shape,
+    require_together,
+)
 from veilspan.kernels.compat import INTERPRETED, jit, tl
 from veilspan.kernels.launch import Compilation, Configuration
 from veilspan.kernels.roofline import Work
@@ -26,15 +31,18 @@ from veilspan.kernels.tiles import (
 __all__ = ["direct_norm"]
 
 
-def direct_norm(act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
+def direct_norm(act_BTI: Tensor, grad_BTO: Tensor, *, wanted_B: Tensor | None = None) -> Tensor:
     """Return the squared Frobenius norm of each sample's weight gradient.
 
     Args:
         act_BTI: Inputs of a linear map: fp32, fp16, bf16 or fp64, of any strides.
         grad_BTO: Gradients at its outputs, on the same device.
+        wanted_B: Samples whose norms are asked for, `[B]` bool, on the same device; all by default.
+            No host reads it: on a GPU the others cost a launch.
 
     Returns:
-        ‖G_bᵀA_b‖², `[B]` fp64. The result is the same in every run on one device.
+        ‖G_bᵀA_b‖², `[B]` fp64, 0 where it is not wanted. The result is the same in every run on one
+        device.
 
     Raises:
         ValueError: If a shape, a dtype or a device does not fit, or where PyTorch would multiply
@@ -53,7 +61,11 @@ def direct_norm(act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
         tensor([15., 75.], dtype=torch.float64)
     """
     require_linear(act_BTI, grad_BTO)
-    return torch.ops.veilspan.direct_norm(act_BTI, grad_BTO)
+    if wanted_B is not None:
+        require_together(act_BTI=act_BTI, wanted_B=wanted_B)
+        require_dtype("wanted_B", wanted_B, (torch.bool,))
+        require_shape("wanted_B", wanted_B, act_BTI.shape[:1])
+    return torch.ops.veilspan.direct_norm(act_BTI, grad_BTO, wanted_B)
 
 
 def work(samples: int, tokens: int, inputs: int, outputs: int, *, operand_bytes: int = 2) -> Work:
@@ -69,6 +81,7 @@ def work(samples: int, tokens: int, inputs: int, outputs: int, *, operand_bytes:
 def _direct_norm_kernel(
     act,
     grad,
+    wanted,
     partials,
     tokens,
     outputs,
@@ -81,13 +94,16 @@ def _direct_norm_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_T: tl.constexpr,
     GROUP: tl.constexpr,
+    SOME: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One program squares one tile of one sample."""
+    """One program squares one tile of one sample, whose operands are not read if not wanted."""
     program = tl.program_id(0)
     tiles = tl.cdiv(outputs, BLOCK_O) * tl.cdiv(inputs, BLOCK_I)
     sample = (program // tiles).to(tl.int64)
     row, column = tile_place(program % tiles, outputs, inputs, BLOCK_O, BLOCK_I, GROUP)
+    if SOME:
+        tokens = tl.where(tl.load(wanted + sample) != 0, tokens, 0)
     tile = tile_product(
         act + sample * act_sample,
         grad + sample * grad_sample,
@@ -107,19 +123,26 @@ def _direct_norm_kernel(
 
 
 @torch.library.custom_op("veilspan::direct_norm", mutates_args=())
-def _direct_norm(act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
-    chosen = plan("direct_norm", act_BTI, grad_BTO)
-    if chosen is None:
+def _direct_norm(act_BTI: Tensor, grad_BTO: Tensor, wanted_B: Tensor | None = None) -> Tensor:
+    # The library would form the products of all samples, wanted or not.
+    chosen = plan("direct_norm", act_BTI, grad_BTO, any_length=wanted_B is not None)
+    if chosen is not None:
+        return _launch(act_BTI, grad_BTO, wanted_B, chosen)
+    if wanted_B is None:
         return _in_blocks(act_BTI, grad_BTO)
-    return _launch(act_BTI, grad_BTO, chosen)
+    sq_B = torch.zeros(len(act_BTI), dtype=torch.float64, device=act_BTI.device)
+    sq_B[wanted_B] = _in_blocks(act_BTI[wanted_B], grad_BTO[wanted_B])
+    return sq_B
 
 
 @_direct_norm.register_fake
-def _(act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
+def _(act_BTI: Tensor, grad_BTO: Tensor, wanted_B: Tensor | None = None) -> Tensor:
     return act_BTI.new_empty(act_BTI.shape[0], dtype=torch.float64)
 
 
-def _launch(act_BTI: Tensor, grad_BTO: Tensor, chosen: Configuration) -> Tensor:
+def _launch(
+    act_BTI: Tensor, grad_BTO: Tensor, wanted_B: Tensor | None, chosen: Configuration
+) -> Tensor:
     act_BTI, grad_BTO = operands(act_BTI, grad_BTO)
     samples, tokens, inputs = act_BTI.shape
     outputs = grad_BTO.shape[2]
@@ -131,12 +154,14 @@ def _launch(act_BTI: Tensor, grad_BTO: Tensor, chosen: Configuration) -> Tensor:
             (partials.numel(),),
             act_BTI,
             grad_BTO,
+            partials if wanted_B is None else wanted_B.contiguous().view(torch.uint8),
             partials,
             tokens,
             outputs,
             inputs,
             *act_BTI.stride()[:2],
             *grad_BTO.stride()[:2],
+            SOME=wanted_B is not None,
             UPCAST=INTERPRETED,
         )
     return partials.sum(1, dtype=torch.float64)
@@ -152,6 +177,12 @@ def _in_blocks(act_BTI: Tensor, grad_BTO: Tensor) -> Tensor:
 
 def compilations(table: str) -> Iterator[Compilation]:
     """Yield what to compile ahead of time for the GPUs of a table."""
-    yield from product_compilations(
-        "direct_norm", table, _direct_norm_kernel, {"partials": "*fp32"}
-    )
+    for some in (False, True):
+        yield from product_compilations(
+            "direct_norm",
+            table,
+            _direct_norm_kernel,
+            {"wanted": "*u8" if some else "*fp32", "partials": "*fp32"},
+            constants={"SOME": some},
+            variant=" of some" if some else "",
+        )
