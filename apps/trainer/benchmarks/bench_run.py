@@ -37,7 +37,8 @@ from veilspan.trainer.optimizer import make_optimizer
 from veilspan.trainer.processes import join_processes, leave_processes
 from veilspan.trainer.recipe import Recipe, load_recipe, make_recipe
 from veilspan.trainer.releases import Moment
-from veilspan.trainer.run_folder import RunFolder, software_versions
+from veilspan.trainer.run_folder import RunFolder
+from veilspan.trainer.run_info import software_versions
 
 MARKS = ("<!-- trainer_run: made by bench_run.py --markdown -->", "<!-- trainer_run: end -->")
 

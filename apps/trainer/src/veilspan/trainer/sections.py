@@ -301,8 +301,7 @@ class Compute(Section):
     )
     logits: Literal["auto", "whole", "chunked"] = Field(
         default="auto",
-        description="chunked: never the logits of all tokens of a unit, which saves memory and "
-        "computes them twice. auto: where a unit's would take an eighth of the free memory.",
+        description="chunked: not all of a unit at once. auto: if they would fill 1/8 of memory.",
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +14,12 @@ from veilspan.core.compiled import keep_saved_tensors, site_of
 from veilspan.core.errors import PrivacyError, UnsupportedModelError
 from veilspan.core.fsdp import show_shards
 from veilspan.core.lone import LoneSite
+from veilspan.core.marks import Mark, marks_of
 from veilspan.core.micro_batch import MicroBatch
-from veilspan.core.rules import RecordsAlone, is_adapted_parameter
+from veilspan.core.rules import RecordsAlone
 from veilspan.core.survey import OwnedModule, trainable_parameters
 from veilspan.core.taps import FactorSite, Site
 
-_OF_A_PARAMETER, _OF_A_BUFFER = 2**6, 2**12  # elements, at most, that are compared
 CLEAR_GRADIENTS = (
     "It is left of an earlier release or of another backward pass. Call model.zero_grad() with "
     "set_to_none=True, its default: zeros are a .grad too."
@@ -56,7 +55,7 @@ class Attachment:
         self._active = False
         self._decided = False  # the model's own input has told the size of this micro-batch
         self._inference = 0
-        self._before: dict[str, _Mark] = {}
+        self._before: dict[str, Mark] = {}
         self.looked_outside = False  # for parameters that are not the model's
         self.broken = False  # a micro-batch of this logical batch failed half-way
         self._names = {id(p): name for name, p in owned.items()}
@@ -102,7 +101,7 @@ class Attachment:
         """Let forward passes count as micro-batches, or stop it."""
         self._active = active
         if active:
-            self._before, self.broken, self.looked_outside = _marks(self.model), False, False
+            self._before, self.broken, self.looked_outside = marks_of(self.model), False, False
             self._inference = 0  # an interrupt, as in a notebook, may have left it behind
         self.end_micro_batch()
         if self.sites:
@@ -220,7 +219,7 @@ class Attachment:
     def _require_nothing_written(self) -> None:
         written = [
             name
-            for name, mark in _marks(self.model).items()
+            for name, mark in marks_of(self.model).items()
             if name not in self._before or not mark.agrees(self._before[name])
         ]
         if written:
@@ -256,63 +255,6 @@ def detach_copies(model: nn.Module) -> None:
         site = vars(module).get("forward")
         if isinstance(site, Site) and site_of(site.number) is not site:
             site.progress.detach()
-
-
-@dataclass(frozen=True)
-class _Mark:
-    """What tells whether a tensor was written.
-
-    Args:
-        tensor: The tensor.
-        version: How often it was written in place, as autograd counts; 0 where it counts more.
-        sample: Bytes of some elements: what is written through `.data`, nobody counts.
-    """
-
-    tensor: Tensor
-    version: int
-    sample: Tensor | None
-
-    @classmethod
-    def of(cls, tensor: Tensor, *, counted: bool = True) -> _Mark:
-        version = tensor._version if counted and not tensor.is_inference() else 0
-        most = _OF_A_PARAMETER if counted and isinstance(tensor, nn.Parameter) else _OF_A_BUFFER
-        return cls(tensor, version, _sample(tensor, most))
-
-    def agrees(self, other: _Mark) -> bool:
-        """Return whether nothing was written between the two."""
-        if self.tensor is not other.tensor or self.version != other.version:
-            return False
-        if self.sample is None or other.sample is None:
-            return self.sample is other.sample
-        return torch.equal(self.sample, other.sample)
-
-
-def _sample(tensor: Tensor, most: int) -> Tensor | None:
-    """Return the bytes of up to `most` elements; None for a format that is not torch's."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    plain = type(local) in (Tensor, nn.Parameter) and local.layout is torch.strided
-    if not plain or local.is_meta or local.is_quantized:
-        return None
-    flat = local.detach().reshape(-1)
-    return flat[:: -(-len(flat) // most) or 1].clone().view(torch.uint8)
-
-
-def _marks(model: nn.Module) -> dict[str, _Mark]:
-    """Return a mark of each parameter and saved buffer, by name."""
-    caches = {
-        f"{path}.{name}".lstrip(".")
-        for path, module in model.named_modules()
-        for name in module._non_persistent_buffers_set
-    }
-    # Taking a parametrization off sets the frozen parameter anew, to what it was.
-    adapters = [module for module in model.modules() if is_adapted_parameter(module)]
-    adapted = {id(p) for a in adapters for p in a.parameters() if not p.requires_grad}
-    held = [*model.named_parameters(), *model.named_buffers()]
-    return {
-        name: _Mark.of(tensor, counted=id(tensor) not in adapted)
-        for name, tensor in held
-        if name not in caches
-    }
 
 
 def _lead_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

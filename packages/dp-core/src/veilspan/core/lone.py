@@ -20,12 +20,11 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from veilspan.core.contributions import Contribution
 from veilspan.core.errors import PrivacyError
 from veilspan.core.formed import Formed
+from veilspan.core.lone_arguments import PLAIN, describe, is_cut, refuse_lists, require_usable
 from veilspan.core.micro_batch import MicroBatch
 from veilspan.core.norms import few_numbers
 from veilspan.core.rules.alone import RecordsAlone
 from veilspan.core.taps import Site
-
-_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
 @dataclass(kw_only=True)
@@ -135,15 +134,15 @@ class _Call:
         specs, leaves, cut = [], [], []
         for name, value in signature.bind(*args, **kwargs).arguments.items():
             flat, spec = tree_flatten(value)
-            _refuse_lists(site, name, value, size)
+            refuse_lists(site, name, value, size)
             specs.append((name, spec))
             for leaf in flat:
-                _require_usable(site, name, leaf, size, first=not any(cut))
+                require_usable(site, site.rule, name, leaf, size, first=not any(cut))
                 one_for_all = (
                     torch.is_tensor(leaf) and leaf.requires_grad and leaf.shape[:1] == (1,)
                 )
                 leaves.append(leaf.expand(size, *leaf.shape[1:]) if one_for_all else leaf)
-                cut.append(_is_cut(site.rule, name, leaves[-1], size))
+                cut.append(is_cut(site.rule, name, leaves[-1], size))
         return cls(site.forward, signature, specs, leaves, cut, size)
 
     def tensors(self) -> list[Tensor]:
@@ -227,9 +226,9 @@ class _LoneTap(torch.autograd.Function):
             graphs = [call.run(b, tensors) for b in range(call.size)]
         for output in call.returned:
             scalar = torch.is_tensor(output) and output.ndim == 0
-            if scalar or not isinstance(output, (Tensor, *_PLAIN)):
+            if scalar or not isinstance(output, (Tensor, *PLAIN)):
                 raise PrivacyError(
-                    f"Module '{site.name}' returns {_describe(output)}, which cannot be joined "
+                    f"Module '{site.name}' returns {describe(output)}, which cannot be joined "
                     "over the records along dimension 0 (an auxiliary loss would couple them). Use "
                     "backward='single_sample'."
                 )
@@ -275,53 +274,3 @@ class _LoneTap(torch.autograd.Function):
         back = iter([torch.cat(column) if len(column) > 1 else column[0] for column in columns])
         needed = ctx.needs_input_grad[4:]
         return None, None, None, None, *(next(back) if need else None for need in needed)
-
-
-def _is_cut(rule: RecordsAlone, name: str, leaf: object, size: int) -> bool:
-    return isinstance(leaf, Tensor) and name not in rule.shared and leaf.shape[:1] == (size,)
-
-
-def _require_usable(site: LoneSite, name: str, leaf: object, size: int, *, first: bool) -> None:
-    """Refuse an argument that is neither cut into records nor the same for all of them."""
-    if not isinstance(leaf, Tensor):
-        if isinstance(leaf, _PLAIN):
-            return
-        raise PrivacyError(
-            f"Module '{site.name}' received {name}={_describe(leaf)}, which may carry something "
-            "from one record to the next. Leave it out (use_cache=False for a cache), or use "
-            "backward='single_sample'."
-        )
-    if (first and not _is_cut(site.rule, name, leaf, size)) or (first and leaf.ndim < 2):
-        site.refuse_shape(leaf, size)
-    if first and site.rule.ndim is not None and leaf.ndim != site.rule.ndim:
-        site.refuse_shape(leaf, size, ndim=site.rule.ndim)
-    coupled = leaf.requires_grad and size > 1 and leaf.shape[:1] not in ((1,), (size,))
-    if coupled or (leaf.requires_grad and size > 1 and name in site.rule.shared):
-        raise PrivacyError(
-            f"Module '{site.name}' received {name}={_describe(leaf)}, which needs a gradient but "
-            f"belongs to no one of the {size} records. Give it dimension 0 = records, or use "
-            "backward='single_sample'."
-        )
-
-
-def _refuse_lists(site: LoneSite, name: str, value: object, size: int) -> None:
-    """Refuse a list of numbers or words that may hold one for each record, as PEFT's aLoRA gives.
-
-    Each record would get all of them, and a list may tell one record of another.
-    """
-    for path, leaf in value.items() if isinstance(value, dict) else [(name, value)]:
-        if not isinstance(leaf, list) or not len(leaf) == size > 1:
-            continue
-        if all(isinstance(v, _PLAIN) for v in leaf):
-            raise PrivacyError(
-                f"Module '{site.name}' received {path}=a list of {size} values in a micro-batch of "
-                f"{size} records, so it may hold one for each record. Give a tensor whose "
-                "dimension 0 is the records, a tuple where all of them share it, or use "
-                "backward='single_sample'."
-            )
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return f"a {type(value).__name__}"
