@@ -269,6 +269,17 @@ def test_more_processes_per_sequence_need_less_memory_each():
     assert total(context=4) < total(context=2) < total()
 
 
+def test_embedding_and_head_are_whole_on_every_process_that_holds_a_part_of_them():
+    settings = recipe(parallel={"context": 2})
+    model: Any = build_model(settings, TOKENIZER)
+    outside = [model.model.embed_tokens, model.model.norm, model.lm_head]
+    numbers = sum(
+        p.numel() for module in (*outside, model.model.layers[0]) for p in module.parameters()
+    )
+    gathered = forecast(settings, count_cost(settings, TOKENIZER))["gathered weights"]
+    assert gathered == 2 * 4 * numbers  # weights and gradients
+
+
 def test_checkpointing_saves_memory_and_costs_a_forward_pass():
     plain, full = recipe(), recipe(compute={"checkpointing": "full"})
     cost = count_cost(plain, TOKENIZER)

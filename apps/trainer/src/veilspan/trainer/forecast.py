@@ -108,7 +108,8 @@ def memory_forecast(recipe: Recipe, cost: ModelCost, *, microbatch_size: int) ->
     """Return the bytes that one process needs, by purpose; tensors only.
 
     Parameters and everything of their shape are split over the processes that hold them together,
-    tokens over those of one sequence. Whole weights exist for one block at a time.
+    tokens over those of one sequence. Whole weights exist for one block at a time, and for embedding
+    and head.
     """
     parts, ranks = recipe.shards, recipe.parallel.context
     state = _FP32 * cost.trainable // parts  # float32, whatever the model's dtype
@@ -125,7 +126,8 @@ def memory_forecast(recipe: Recipe, cost: ModelCost, *, microbatch_size: int) ->
     else:
         memory["logits"] = 2 * sequences * cost.logits_bytes // ranks  # with their gradient
     if parts > 1:
-        memory["whole block"] = 2 * cost.block_bytes  # weights and gradient
+        # Weights and gradient; embedding and head stay gathered from forward to backward pass.
+        memory["gathered weights"] = 2 * (cost.block_bytes + cost.root_bytes)
     return memory
 
 

@@ -30,6 +30,7 @@ class ModelCost:
         parameter_bytes: Memory of all parameters.
         blocks: Number of repeated blocks.
         block_bytes: Memory of the parameters of the largest block.
+        root_bytes: Memory of those outside of the blocks, such as embedding and head.
         sequence_length: Tokens of the counted sequence.
         hidden_size: Width of what flows between blocks.
         forward_flops: Arithmetic operations of one forward pass of the sequence.
@@ -45,6 +46,7 @@ class ModelCost:
     parameter_bytes: int
     blocks: int
     block_bytes: int
+    root_bytes: int
     sequence_length: int
     hidden_size: int
     forward_flops: int
@@ -74,6 +76,7 @@ def count_cost(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> ModelCost:
         parameter_bytes=_bytes(model.parameters()),
         blocks=len(blocks),
         block_bytes=max(_bytes(block.parameters()) for block in blocks),
+        root_bytes=_bytes(model.parameters()) - _bytes(blocks.parameters()),
         sequence_length=length,
         hidden_size=config.get_text_config().hidden_size,
         forward_flops=flops,

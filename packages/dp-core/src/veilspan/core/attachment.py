@@ -14,7 +14,7 @@ from veilspan.core.compiled import keep_saved_tensors, site_of
 from veilspan.core.errors import PrivacyError, UnsupportedModelError
 from veilspan.core.fsdp import show_shards
 from veilspan.core.lone import LoneSite
-from veilspan.core.marks import Mark, marks_of
+from veilspan.core.marks import Mark, first_written, marks_of
 from veilspan.core.micro_batch import MicroBatch
 from veilspan.core.rules import RecordsAlone
 from veilspan.core.survey import OwnedModule, trainable_parameters
@@ -217,14 +217,10 @@ class Attachment:
         self._require_nothing_written()
 
     def _require_nothing_written(self) -> None:
-        written = [
-            name
-            for name, mark in marks_of(self.model).items()
-            if name not in self._before or not mark.agrees(self._before[name])
-        ]
-        if written:
+        written = first_written(self._before, marks_of(self.model))
+        if written is not None:
             raise PrivacyError(
-                f"'{written[0]}' was written inside the logical batch: what it took from the "
+                f"'{written}' was written inside the logical batch: what it took from the "
                 "records, as a statistic or by an optimizer, had no noise yet. Step the optimizer "
                 "after the `with` block; let no layer keep statistics, or register what is no "
                 "statistic with persistent=False."

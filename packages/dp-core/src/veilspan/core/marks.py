@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,13 +40,29 @@ class Mark:
         most = _OF_A_PARAMETER if counted and isinstance(tensor, nn.Parameter) else _OF_A_BUFFER
         return cls(tensor, version, _sample(tensor, most))
 
-    def agrees(self, other: Mark) -> bool:
-        """Return whether nothing was written between the two."""
-        if self.tensor is not other.tensor or self.version != other.version:
-            return False
-        if self.sample is None or other.sample is None:
-            return self.sample is other.sample
-        return torch.equal(self.sample, other.sample)
+    def is_same(self, other: Mark) -> bool:
+        """Return whether autograd counted no write between the two, and both show their bytes."""
+        same = self.tensor is other.tensor and self.version == other.version
+        return same and (self.sample is None) == (other.sample is None)
+
+
+def first_written(before: Mapping[str, Mark], now: Mapping[str, Mark]) -> str | None:
+    """Return the name of a tensor that was written between the two, or None.
+
+    All bytes of a device are compared at once: the host waits for a GPU at every comparison.
+    """
+    seen: dict[torch.device, list[tuple[str, Tensor, Tensor]]] = {}
+    for name, mark in now.items():
+        known = before.get(name)
+        if known is None or not mark.is_same(known):
+            return name
+        if mark.sample is not None and known.sample is not None:
+            seen.setdefault(mark.sample.device, []).append((name, known.sample, mark.sample))
+    for of_device in seen.values():
+        names, old, new = zip(*of_device, strict=True)
+        if not torch.equal(torch.cat(old), torch.cat(new)):
+            return next(n for n, a, b in zip(names, old, new, strict=True) if not torch.equal(a, b))
+    return None
 
 
 def _sample(tensor: Tensor, most: int) -> Tensor | None:
