@@ -48,6 +48,17 @@ def test_file_is_private_to_its_owner_and_plain_json_lines(path):
     assert [entry["number"] for entry in entries] == [1, 2]
 
 
+def test_a_ledger_shows_what_it_is_and_whether_it_takes_releases(path):
+    filled(path, 2, run_id="warm-up", budget_epsilon=3.0)
+    ledger = Ledger.open(path)
+    about = f"{str(path)!r}, run_id='warm-up', releases=2, budget_epsilon=3.0"
+    assert repr(ledger) == f"<Ledger {about}, open>"
+    ledger.close()
+    assert repr(ledger) == f"<Ledger {about}, closed>"
+    with Ledger.open(path, read_only=True) as reader:
+        assert repr(reader) == f"<Ledger {about}, read only>"
+
+
 def test_two_ledgers_of_one_run_never_begin_alike(tmp_path):
     paths = [tmp_path / name for name in ("first.jsonl", "second.jsonl")]
     first, second = [filled(path, 1, run_id="same").read_text() for path in paths]

@@ -1,6 +1,8 @@
 """Damage to the ledger, a full disk and a crash raise the count or are refused."""
 
 import errno
+import fcntl
+import itertools
 import os
 import random
 import signal
@@ -13,6 +15,8 @@ import pytest
 from veilspan.accounting import Ledger, LedgerError, PrivacyPlan, chain, files
 
 PLAN = PrivacyPlan(noise_multiplier=1.0, sampling_probability=0.01, steps=100, delta=1e-5)
+FAULTY = [(os, call) for call in ("open", "write", "fsync", "fstat", "stat", "pread")]
+FAULTY.append((fcntl, "flock"))
 
 
 @pytest.fixture
@@ -271,6 +275,67 @@ def test_failing_flush_counts_the_line_and_stops_the_run(path, monkeypatch):
         with pytest.raises(LedgerError, match="Input/output error"):
             ledger.append(step=2)
     assert reread(path) == 3
+
+
+def _failing(monkeypatch, module, call, nth, error):
+    """Let the n-th use of a system call fail."""
+    real, uses = getattr(module, call), itertools.count(1)
+
+    def fail(*arguments, **options):
+        if next(uses) == nth:
+            raise error
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, call, fail)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOLCK, errno.EACCES])
+@pytest.mark.parametrize(("module", "call"), FAULTY)
+@pytest.mark.parametrize("nth", [1, 2, 3, 4])
+def test_every_system_call_that_fails_ends_in_an_error_that_names_the_file(
+    path, monkeypatch, module, call, nth, number
+):
+    filled(path, 2)
+    appended, message = 0, str(path)
+    with monkeypatch.context() as patch:
+        _failing(patch, module, call, nth, OSError(number, os.strerror(number)))
+        try:
+            with Ledger.open(path) as ledger:
+                for step in (2, 3):
+                    ledger.append(step=step)
+                    appended += 1
+                ledger.verify()
+        except LedgerError as error:
+            message = str(error)
+    assert str(path) in message
+    with Ledger.open(path) as again:  # neither lock nor descriptor was left behind
+        assert again.releases >= 2 + appended
+        again.append(step=4)
+        again.verify()
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_interrupted_creation_leaves_neither_file_nor_lock_behind(path, monkeypatch, call):
+    with monkeypatch.context() as patch:
+        _failing(patch, os, call, 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            Ledger.create(path, PLAN)
+    assert not path.exists()
+    with Ledger.create(path, PLAN) as ledger:
+        ledger.append(step=0)
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_ledger_takes_no_further_release_after_an_interrupted_one(path, monkeypatch, call):
+    ledger = Ledger.open(filled(path, 2))
+    with monkeypatch.context() as patch:
+        _failing(patch, os, call, 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            ledger.append(step=2)
+    with pytest.raises(LedgerError, match="was closed"):
+        ledger.append(step=2)
+    with Ledger.open(path) as again:
+        assert again.releases == (2 if call == "write" else 3)
 
 
 def test_full_disk_at_creation_leaves_no_file_behind(path, monkeypatch):

@@ -68,12 +68,13 @@ class Header:
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What a ledger file holds; `tail` is the digest the next line must carry."""
+    """What a ledger file of `size` bytes holds; `tail` is the digest the next line must carry."""
 
     header: Header
     entries: tuple[LedgerEntry, ...]
     tail: str
     ends_torn: bool
+    size: int
 
 
 def entry_line(entry: LedgerEntry, number: int, previous: str) -> bytes:
@@ -124,7 +125,13 @@ def read(raw: bytes, name: str) -> Contents:
     for number, line in enumerate(lines[1:], start=1):
         entries.append(_read_entry(line, number, previous, name))
         previous = digest(line)
-    return Contents(header=header, entries=tuple(entries), tail=previous, ends_torn=ends_torn)
+    return Contents(
+        header=header,
+        entries=tuple(entries),
+        tail=previous,
+        ends_torn=ends_torn,
+        size=len(raw),
+    )
 
 
 def require_same(header: Header, plan: PrivacyPlan | None, run_id: str | None, name: str) -> None:

@@ -16,7 +16,7 @@ def create(path: Path, first_line: bytes) -> int:
     """Create a locked file with one line, flushed to disk, and return its descriptor.
 
     Raises:
-        LedgerError: If the file exists or cannot be written; then none is left behind.
+        LedgerError: If the file exists, or cannot be locked or written; then none is left behind.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND
     try:
@@ -33,10 +33,12 @@ def create(path: Path, first_line: bytes) -> int:
         write_all(descriptor, first_line)
         os.fsync(descriptor)
         _sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:  # also an interrupt: nobody would hold the lock it leaves behind
         os.close(descriptor)
         with contextlib.suppress(OSError):
             os.unlink(path)
+        if not isinstance(error, OSError):
+            raise
         raise LedgerError(
             f"{path} could not be written: {error}. Free some space or choose another folder."
         ) from error
@@ -61,18 +63,28 @@ def reopen(path: Path, *, read_only: bool) -> int:
     if not read_only:
         try:
             _lock(descriptor, path)
-        except LedgerError:
+        except BaseException:
             os.close(descriptor)
             raise
     return descriptor
 
 
-def read_all(descriptor: int) -> bytes:
-    """Return the whole file, wherever its position is."""
+def read_all(descriptor: int, path: Path) -> bytes:
+    """Return the whole file, wherever its position is.
+
+    Raises:
+        LedgerError: If it cannot be read.
+    """
     parts, offset = [], 0
-    while part := os.pread(descriptor, 1 << 20, offset):
-        parts.append(part)
-        offset += len(part)
+    try:
+        while part := os.pread(descriptor, 1 << 20, offset):
+            parts.append(part)
+            offset += len(part)
+    except OSError as error:
+        raise LedgerError(
+            f"{path} could not be read: {error}. Repair the disk or restore the file from a "
+            "backup; without the true count no ε can be stated."
+        ) from error
     return b"".join(parts)
 
 
@@ -115,6 +127,11 @@ def _lock(descriptor: int, path: Path) -> None:
         raise LedgerError(
             f"{path} is in use by another run, or by a Ledger of this process that was not closed. "
             "Two writers would each count only their own releases."
+        ) from error
+    except OSError as error:
+        raise LedgerError(
+            f"{path} could not be locked: {error}. Keep the ledger on a file system that has locks "
+            "(flock): without them two writers would each count only their own releases."
         ) from error
 
 

@@ -56,7 +56,7 @@ class Ledger:
         self._entries = list(contents.entries)
         self._seen = {(e.step, e.attempt) for e in self._entries if not e.torn}
         self._ends_torn, self._read_only = contents.ends_torn, read_only
-        self._size = os.fstat(descriptor).st_size
+        self._size = contents.size
         self._most: int | None = None
 
     @classmethod
@@ -103,8 +103,7 @@ class Ledger:
         path = Path(path)
         line = header.to_line()
         descriptor = files.create(path, line)
-        contents = Contents(header=header, entries=(), tail=chain.digest(line), ends_torn=False)
-        return cls(path, descriptor, contents, read_only=False)
+        return cls(path, descriptor, chain.read(line, str(path)), read_only=False)
 
     @classmethod
     def open(
@@ -129,7 +128,7 @@ class Ledger:
         path = Path(path)
         descriptor = files.reopen(path, read_only=read_only)
         try:
-            contents = chain.read(files.read_all(descriptor), str(path))
+            contents = chain.read(files.read_all(descriptor, path), str(path))
             chain.require_same(contents.header, plan, run_id, str(path))
         except BaseException:
             os.close(descriptor)
@@ -215,22 +214,25 @@ class Ledger:
                 f"again would repeat it. Use attempt={self.next_attempt(step)}."
             )
         self._require_budget()
-        if os.fstat(descriptor).st_size != self._size:
-            self._fail("was changed by somebody else while this run was using it")
-        if not files.lies_at(self._place, descriptor):
-            self._fail("was moved, removed or replaced while this run was using it")
         # the day alone: the time between two releases would tell how many records were drawn
         entry = LedgerEntry(step=step, attempt=attempt, day=str(datetime.now(UTC).date()))
         line = chain.entry_line(entry, self.releases + 1, self._tail)
         written = b"\n" + line if self._ends_torn else line
         try:
+            if not files.lies_at(self._place, descriptor):
+                self._fail("was moved, removed or replaced while this run was using it")
+            if os.fstat(descriptor).st_size != self._size:
+                self._fail("was changed by somebody else while this run was using it")
             files.append(descriptor, written, self._size)
+            self._size += len(written)
+            self._ends_torn, self._tail = False, chain.digest(line)
+            self._entries.append(entry)
+            self._seen.add((step, attempt))
         except OSError as error:
             self._fail(f"could not be written: {error}. Free some space or repair the disk", error)
-        self._size += len(written)
-        self._ends_torn, self._tail = False, chain.digest(line)
-        self._entries.append(entry)
-        self._seen.add((step, attempt))
+        except BaseException:  # an interrupt: the line may be on disk, so what is known here is old
+            self.close()
+            raise
 
     def _require_budget(self) -> None:
         most = self.most_releases
@@ -271,7 +273,7 @@ class Ledger:
         descriptor = self._open_descriptor()
         if not files.lies_at(self._place, descriptor):
             raise LedgerError(f"{self._path} was moved, removed or replaced since it was opened.")
-        contents = chain.read(files.read_all(descriptor), str(self._path))
+        contents = chain.read(files.read_all(descriptor, self._path), str(self._path))
         if contents.tail != self._tail or len(contents.entries) != self.releases:
             raise LedgerError(f"{self._path} was altered since it was opened: its end differs.")
 
@@ -279,6 +281,11 @@ class Ledger:
         """Release the file and its lock; the ledger can then be opened by another process."""
         self._descriptor = None
         self._close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._descriptor is None else "read only" if self._read_only else "open"
+        run = f"run_id={self.run_id!r}, releases={self.releases}"
+        return f"<Ledger {str(self._path)!r}, {run}, budget_epsilon={self.budget_epsilon}, {state}>"
 
     def __enter__(self) -> Self:
         return self
