@@ -108,8 +108,8 @@ def memory_forecast(recipe: Recipe, cost: ModelCost, *, microbatch_size: int) ->
     """Return the bytes that one process needs, by purpose; tensors only.
 
     Parameters and everything of their shape are split over the processes that hold them together,
-    tokens over those of one sequence. Whole weights exist for one block at a time, and for embedding
-    and head.
+    tokens over those of one sequence. Whole weights exist for one block at a time, and always for
+    embedding and head.
     """
     parts, ranks = recipe.shards, recipe.parallel.context
     state = _FP32 * cost.trainable // parts  # float32, whatever the model's dtype

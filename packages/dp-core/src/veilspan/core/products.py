@@ -14,7 +14,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def multiplies_wide(left: Tensor, right: Tensor) -> bool:
     """Return whether the device multiplies these 16-bit operands into fp32 as they are.
 
-    An NVIDIA GPU does; converted to fp32 they would take some fifteen times as long.
+    An NVIDIA GPU does; converted to fp32 they would take many times as long.
     """
     narrow = left.dtype == right.dtype and left.dtype.itemsize == 2
     filled = left.numel() > 0 and right.numel() > 0
