@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,13 +18,12 @@ from torch import Tensor
 
 from veilspan.core.adaptive import PrivateQuantile
 from veilspan.core.clipping import Automatic, Clip, Rule
-from veilspan.core.names import layer_of, nearest, require_same_names
+from veilspan.core.names import block_of, layer_of, nearest, require_same_names
 
 Budgets = Literal["equal", "dimension"] | Mapping[str, float]
 
 _SMALLEST_FACTOR = torch.finfo(torch.float32).tiny
 _SMALLEST_SQUARE = torch.finfo(torch.float64).tiny
-_BLOCK = re.compile(r"(?:^|.*?\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +211,8 @@ class PerBlock(Clipping):
     Args:
         clip_norm: Total C = √ΣC_m², the L2 sensitivity; positive.
         budgets: Part of each block: `equal`, `dimension`, or numbers by name, as for `Clipping`.
-        rule, adaptive: As for `Flat`.
+        rule: As for `Flat`.
+        adaptive: As for `Flat`.
 
     Source: Bu et al. (2023), https://arxiv.org/abs/2310.19215.
 
@@ -225,8 +224,7 @@ class PerBlock(Clipping):
 
     def group_of(self, parameter: str) -> str:
         """Return the path up to the first number, or the layer of a parameter outside of blocks."""
-        block = _BLOCK.match(parameter)
-        return block.group() if block else layer_of(parameter)
+        return block_of(parameter)
 
 
 @final
@@ -237,7 +235,8 @@ class PerLayer(Clipping):
     Args:
         clip_norm: Total C = √ΣC_m², the L2 sensitivity; positive.
         budgets: Part of each layer: `equal`, `dimension`, or numbers by name, as for `Clipping`.
-        rule, adaptive: As for `Flat`.
+        rule: As for `Flat`.
+        adaptive: As for `Flat`.
 
     Source: He et al. (2022), https://arxiv.org/abs/2212.01539.
 
@@ -261,7 +260,8 @@ class PerParameter(Clipping):
     Args:
         clip_norm: Total C = √ΣC_m², the L2 sensitivity; positive.
         budgets: Part of each tensor: `equal`, `dimension`, or numbers by name, as for `Clipping`.
-        rule, adaptive: As for `Flat`.
+        rule: As for `Flat`.
+        adaptive: As for `Flat`.
     """
 
     def group_of(self, parameter: str) -> str:
@@ -277,14 +277,15 @@ class ByPattern(Clipping):
     Args:
         patterns: Patterns of each group, by group name; together they must cover every trainable
             parameter, and each must match one.
-        clip_norm, budgets, rule, adaptive: As for `PerLayer`.
+        clip_norm: As for `PerLayer`.
+        budgets: As for `PerLayer`.
+        rule: As for `PerLayer`.
+        adaptive: As for `PerLayer`.
 
     Examples:
-        >>> clipping = ByPattern(
-        ...     clip_norm=1.0, patterns={"attention": "*.self_attn.*", "rest": "*"}
-        ... )
-        >>> clipping.group_of("layers.0.self_attn.q_proj.weight")
-        'attention'
+        >>> clipping = ByPattern(clip_norm=1.0, patterns={"mlp": "*.mlp.*", "rest": "*"})
+        >>> clipping.group_of("layers.0.mlp.up_proj.weight")
+        'mlp'
     """
 
     patterns: Mapping[str, str | Sequence[str]]

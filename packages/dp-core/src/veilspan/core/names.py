@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
+
+_BLOCK = re.compile(r"(?:^|.*?\.)\d+(?=\.)")
+
+
+def block_of(parameter: str) -> str:
+    """Return the path up to the first number; the layer of a parameter outside of blocks."""
+    block = _BLOCK.match(parameter)
+    return block.group() if block else layer_of(parameter)
 
 
 def layer_of(parameter: str) -> str:
