@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from torch.distributed.fsdp import FSDPModule
-
-from veilspan.parallel.testing import run_ranks_once
 
 pytestmark = pytest.mark.distributed
 
@@ -22,12 +19,9 @@ Found = dict[str, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="session")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+def found(run_on_ranks) -> Found:
     """What every rank of every mesh found."""
-    own = tmp_path_factory.getbasetemp()
-    shared = own.parent if own.name.startswith("popen-") else own  # of all pytest-xdist workers
-    script = Path(__file__).parent / "ranks" / "private_step.py"
-    reports = run_ranks_once(shared, script, sorted(set(MESHES.values())))
+    reports = run_on_ranks("private_step.py", sorted(set(MESHES.values())))
     return {mesh: [report[mesh] for report in reports[ranks]] for mesh, ranks in MESHES.items()}
 
 

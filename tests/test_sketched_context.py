@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-from veilspan.parallel.testing import run_ranks_once
 
 pytestmark = pytest.mark.distributed
 
@@ -20,12 +17,9 @@ Found = dict[str, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="session")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+def found(run_on_ranks) -> Found:
     """What every rank of every mesh found."""
-    own = tmp_path_factory.getbasetemp()
-    shared = own.parent if own.name.startswith("popen-") else own  # of all pytest-xdist workers
-    script = Path(__file__).parent / "ranks" / "sketched_context.py"
-    reports = run_ranks_once(shared, script, [2, 4])
+    reports = run_on_ranks("sketched_context.py", [2, 4])
     return {mesh: [report[mesh] for report in reports[ranks]] for mesh, ranks in MESHES.items()}
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-from veilspan.parallel.testing import run_ranks_once
 
 pytestmark = pytest.mark.distributed
 
@@ -18,11 +15,9 @@ Found = dict[int, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="session")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+def found(run_on_ranks) -> Found:
     """What every rank of every world found."""
-    own = tmp_path_factory.getbasetemp()
-    shared = own.parent if own.name.startswith("popen-") else own  # of all pytest-xdist workers
-    return run_ranks_once(shared, Path(__file__).parent / "ranks" / "split_model.py", [1, 2, 4])
+    return run_on_ranks("split_model.py", [1, 2, 4])
 
 
 @on_every_world

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from veilspan.trainer.logits import chunks_logits
 from veilspan.trainer.model_cost import count_cost
 from veilspan.trainer.models import build_model
 from veilspan.trainer.processes import Processes
-from veilspan.trainer.recipe import Recipe, make_recipe
+from veilspan.trainer.recipe import Recipe
 from veilspan.trainer.sequences import SequenceLosses
 from veilspan.trainer.tokenizer import byte_tokenizer
 
@@ -24,35 +26,10 @@ TOKENIZER = byte_tokenizer()
 LENGTH, BYTES = 64, 64 * 259 * 4  # of the logits of one unit
 
 
-def recipe(wish: str = "auto", *, model: dict[str, Any] | None = None, **sections: Any) -> Recipe:
-    config = {
-        "model_type": "llama",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    return make_recipe(
-        {
-            "model": {"config": config} | (model or {}),
-            "data": {
-                "train": "data",
-                "unit": "record",
-                "sequence_length": LENGTH,
-                "tokenizer": "bytes",
-            },
-            "privacy": {
-                "noise_multiplier": 1.0,
-                "delta": 1e-5,
-                "sampling_probability": 0.1,
-                "steps": 1,
-            },
-            "compute": {"device": "cpu", "logits": wish},
-            "run": {"folder": "runs/test"},
-            **sections,
-        }
-    )
+@pytest.fixture
+def recipe(tmp_path: Path, recipe_in: Callable[..., Recipe]) -> Callable[..., Recipe]:
+    """Make a recipe with a wish for its logits."""
+    return lambda wish="auto", **keys: recipe_in(tmp_path, compute__logits=wish, **keys)
 
 
 @pytest.mark.parametrize(
@@ -60,37 +37,42 @@ def recipe(wish: str = "auto", *, model: dict[str, Any] | None = None, **section
     [
         (17 * BYTES, "auto", {}, False),
         (15 * BYTES, "auto", {}, True),
-        (31 * BYTES, "auto", {"replicate": 2}, True),  # the processes share the memory
-        (15 * BYTES, "auto", {"context": 2}, True),  # each half of the memory, and of the tokens
+        (31 * BYTES, "auto", {"parallel__replicate": 2}, True),  # the processes share the memory
+        (
+            15 * BYTES,
+            "auto",
+            {"parallel__context": 2},
+            True,
+        ),  # each half of the memory, and of the tokens
         (15 * BYTES, "whole", {}, False),
         (10**15, "chunked", {}, True),
     ],
 )
 def test_free_memory_decides_where_the_recipe_does_not(
-    monkeypatch: pytest.MonkeyPatch, free: int, wish: str, parallel: dict[str, int], chunked: bool
+    monkeypatch, recipe, free: int, wish: str, parallel: dict[str, int], chunked: bool
 ):
     monkeypatch.setattr(logits, "free_bytes", lambda device: free)
-    settings = recipe(wish, parallel=parallel)
+    settings = recipe(wish, **parallel)
     assert chunks_logits(settings, build_model(settings, TOKENIZER)) is chunked
     assert count_cost(settings, TOKENIZER).chunked is chunked
 
 
-def test_a_head_that_is_more_than_a_linear_map_keeps_its_logits(monkeypatch: pytest.MonkeyPatch):
+def test_a_head_that_is_more_than_a_linear_map_keeps_its_logits(monkeypatch, recipe):
     monkeypatch.setattr(logits, "free_bytes", lambda device: 0)
-    lora = {"lora": {"rank": 2, "target_modules": ["lm_head"]}}
-    model = build_model(recipe(model=lora), TOKENIZER)
-    assert not chunks_logits(recipe(model=lora), model)
+    lora = {"model__lora": {"rank": 2, "target_modules": ["lm_head"]}}
+    model = build_model(recipe(**lora), TOKENIZER)
+    assert not chunks_logits(recipe(**lora), model)
     with pytest.raises(ModelError, match=r'compute\.logits is "chunked".*"whole" or "auto"'):
-        chunks_logits(recipe("chunked", model=lora), model)
+        chunks_logits(recipe("chunked", **lora), model)
 
 
-def test_scaled_logits_are_chunked_unless_the_weights_are_split(monkeypatch: pytest.MonkeyPatch):
+def test_scaled_logits_are_chunked_unless_the_weights_are_split(monkeypatch, recipe):
     monkeypatch.setattr(logits, "free_bytes", lambda device: 0)
     model = build_model(recipe(), TOKENIZER)
     config: Any = model.config
     config.logits_scaling = 8.0
     assert chunks_logits(recipe(), model)
-    split = recipe(parallel={"context": 2})
+    split = recipe(parallel__context=2)
     assert not chunks_logits(split, model)
     config.logits_scaling = 1.0
     assert chunks_logits(split, model)
@@ -98,8 +80,8 @@ def test_scaled_logits_are_chunked_unless_the_weights_are_split(monkeypatch: pyt
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("backward", ["single_sample", "per_sample", "bookkeeping", "two_pass"])
-def test_clipped_sums_are_those_of_whole_logits(dtype: str, backward: str):
-    settings = recipe(model={"dtype": dtype})
+def test_clipped_sums_are_those_of_whole_logits(recipe, dtype: str, backward: str):
+    settings = recipe(model__dtype=dtype)
     processes = Processes(device=torch.device("cpu"))
     ids = torch.randint(259, (3, LENGTH), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
@@ -128,7 +110,7 @@ def test_clipped_sums_are_those_of_whole_logits(dtype: str, backward: str):
     assert (whole - chunked).norm() <= rounding * whole.norm()
 
 
-def test_the_forecast_holds_a_chunk_and_computes_logits_twice():
+def test_the_forecast_holds_a_chunk_and_computes_logits_twice(recipe):
     whole, chunked = recipe("whole"), recipe("chunked")
     one, other = (count_cost(settings, TOKENIZER) for settings in (whole, chunked))
     assert "logits" in memory_forecast(whole, one, microbatch_size=1)
@@ -137,3 +119,15 @@ def test_the_forecast_holds_a_chunk_and_computes_logits_twice():
     assert len({forecast["a chunk of logits"] for forecast in forecasts}) == 1
     extra = flops_per_sequence(chunked, other) - flops_per_sequence(whole, one)
     assert extra == 2 * LENGTH * 259 * 32
+
+
+def test_what_else_follows_the_head_is_refused_with_the_key_to_set(recipe):
+    settings = recipe("chunked")
+    model = build_model(settings, TOKENIZER)
+    model.register_forward_hook(
+        lambda _m, _args, output: setattr(output, "logits", -(output.logits**2))
+    )
+    losses = SequenceLosses(settings, Processes(device=torch.device("cpu")), chunked=True)
+    ids = torch.zeros((1, 8), dtype=torch.int64)
+    with pytest.raises(ModelError, match=r'after its head.*compute\.logits = "whole"'):
+        losses.losses_B(model, Batch(input_ids=ids, labels=ids))

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from veilspan.core import UnsupportedModelError
 from veilspan.core.head import fused_causal_lm_losses
 from veilspan.core.losses import causal_lm_losses
 from veilspan.trainer.data import Batch
+from veilspan.trainer.errors import ModelError
 from veilspan.trainer.processes import Processes
 from veilspan.trainer.recipe import Recipe
 
@@ -86,6 +88,13 @@ class SequenceLosses:
                 scored["num_tokens_B"] = part.num_tokens_B
         with self.autocast():
             if self.chunked:
-                return fused_causal_lm_losses(model, **inputs, **scored)
+                return _chunked_losses(model, inputs | scored)
             logits = model(**inputs).logits
         return causal_lm_losses(logits, **scored)
+
+
+def _chunked_losses(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    try:
+        return fused_causal_lm_losses(model, **arguments)
+    except UnsupportedModelError as error:
+        raise ModelError(f'{error} In a recipe: compute.logits = "whole".') from error

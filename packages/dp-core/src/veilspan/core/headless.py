@@ -154,7 +154,7 @@ def _owner(model: nn.Module, head: nn.Linear) -> nn.Module | None:
     Raises:
         UnsupportedModelError: If it is another than the model.
     """
-    owners = [m for m in model.modules() if isinstance(m, FSDPModule) and head in set(m.modules())]
+    owners = [m for m in model.modules() if isinstance(m, FSDPModule) and head in m.modules()]
     if owners and owners[-1] is not model:
         raise UnsupportedModelError(
             "The head's weight is split over ranks, but not by fully_shard(model) of the model "
