@@ -38,12 +38,7 @@ def recipe(tmp_path: Path, recipe_in: Callable[..., Recipe]) -> Callable[..., Re
         (17 * BYTES, "auto", {}, False),
         (15 * BYTES, "auto", {}, True),
         (31 * BYTES, "auto", {"parallel__replicate": 2}, True),  # the processes share the memory
-        (
-            15 * BYTES,
-            "auto",
-            {"parallel__context": 2},
-            True,
-        ),  # each half of the memory, and of the tokens
+        (15 * BYTES, "auto", {"parallel__context": 2}, True),  # the memory, and the tokens
         (15 * BYTES, "whole", {}, False),
         (10**15, "chunked", {}, True),
     ],
