@@ -185,8 +185,9 @@ class _PlainTraining:
     def fastest_size(self) -> int:
         """Return the size of micro-batches, a power of two, that takes least time for a step."""
         self.step(1)
-        taken = {2**k: self._seconds(2**k) for k in range(self._most.bit_length())}
-        return min(taken, key=lambda size: taken[size])
+        sizes = [2**k for k in range(self._most.bit_length())]
+        taken = [(self._seconds(size), size) for size in sizes * 2]
+        return min(taken)[1]
 
     def step(self, size: int) -> None:
         """Take one step over all units, `size` of them at a time."""

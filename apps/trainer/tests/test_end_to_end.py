@@ -53,6 +53,8 @@ PARALLEL = {
         "parallel__context": 2,
         "privacy__norm_probes": 8,
         "compute__microbatch_size": 2,
+        "compute__kernels": "triton",
+        "privacy__noise": "chacha20",
     },
     "split": {
         "parallel__replicate": 2,

@@ -385,6 +385,12 @@ def test_several_processes_without_torchrun_are_refused(
             "compute__backward": "per_layer",
         },
         {"privacy__clipping": "automatic", "privacy__noise": "philox"},
+        {
+            "compute__kernels": "triton",
+            "privacy__noise": "chacha20",
+            "compute__microbatch_size": 2,
+            "compute__backward": "bookkeeping",
+        },
         {"model__lora": {"rank": 2}, "model__dtype": "bfloat16"},
     ],
 )

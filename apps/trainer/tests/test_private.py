@@ -24,6 +24,9 @@ from veilspan.core import (
     new_key,
     poisson_batches,
 )
+from veilspan.core.protocols import NoiseSource
+from veilspan.core.streams import Philox4x64
+from veilspan.kernels import TritonNoise
 from veilspan.trainer import PrivateBatch, PrivateTraining, make_private
 from veilspan.trainer.errors import TrainerError
 from veilspan.trainer.private_checks import collate_tensors
@@ -343,6 +346,20 @@ def test_clipping_and_noise_reach_step_plan_and_statement(setting: Setting) -> N
     assert private.plan.noise_stream == "philox"
     assert "document" in private.plan.statement()
     setting.train(private)
+
+
+@pytest.mark.parametrize(
+    ("noise", "stream"),
+    [
+        (GaussianNoise(new_key(), words=Philox4x64()), "philox"),
+        (TritonNoise(new_key(), stream="philox4x32"), "philox"),
+        (TritonNoise(new_key()), "chacha20"),
+    ],
+)
+def test_pitfall_51_the_plan_names_the_stream_that_draws(
+    setting: Setting, noise: NoiseSource, stream: str
+) -> None:
+    assert setting.make(noise=noise).plan.noise_stream == stream
 
 
 def test_a_unit_of_several_records_gets_more_noise(setting: Setting, tmp_path: Path) -> None:

@@ -141,7 +141,10 @@ def test_unreachable_or_senseless_targets_are_refused_by_name(change, message):
         ({"unit": " "}, "unit is ' '"),
         ({"sampling": "shuffle"}, "sampling is 'shuffle'; supported is 'poisson'"),
         ({"relation": "replace_one"}, "relation is 'replace_one'; supported is 'add_remove'"),
-        ({"noise_stream": "torch"}, "noise_stream is 'torch'; supported is 'aes-ctr' or 'philox'"),
+        (
+            {"noise_stream": "torch"},
+            "noise_stream is 'torch'; supported is 'aes-ctr' or 'chacha20' or 'philox'",
+        ),
     ],
 )
 def test_every_bad_field_is_refused_by_name(change, message):
@@ -164,7 +167,7 @@ def test_pitfall_28_sampling_probability_and_steps_are_taken_as_given(n):
     delta=st.floats(1e-30, 0.99),
     batch=st.none() | st.floats(0.5, 1e9),
     unit=st.text(min_size=1).filter(str.strip),
-    stream=st.sampled_from(["aes-ctr", "philox"]),
+    stream=st.sampled_from(["aes-ctr", "chacha20", "philox"]),
 )
 def test_serialisation_returns_the_same_plan_and_digest(
     sigma, q, steps, delta, batch, unit, stream
@@ -223,6 +226,14 @@ def test_epsilon_takes_another_delta_and_another_number_of_steps():
         plan.epsilon(0.0)
     with pytest.raises(ValueError, match="steps is -3"):
         plan.epsilon_after(-3)
+
+
+@pytest.mark.parametrize(
+    ("stream", "named"),
+    [("aes-ctr", "AES-256"), ("chacha20", "ChaCha20, a cryptographic"), ("philox", "Philox")],
+)
+def test_statement_names_where_the_noise_comes_from(stream: str, named: str):
+    assert named in PrivacyPlan(**SETTINGS, noise_stream=stream).statement()
 
 
 def test_statement_names_every_assumption_and_rounds_epsilon_up():

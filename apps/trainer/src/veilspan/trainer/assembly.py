@@ -12,25 +12,14 @@ import torch
 from torch import nn
 
 from veilspan.accounting import PrivacyPlan
-from veilspan.core import (
-    Automatic,
-    Clip,
-    Flat,
-    GaussianNoise,
-    PerBlock,
-    PerLayer,
-    PerParameter,
-    PhiloxNoise,
-    PrivateStep,
-    Sketch,
-    new_key,
-)
+from veilspan.core import GaussianNoise, PrivateStep, new_key
 from veilspan.core.support import Report, preflight
 from veilspan.trainer.budget import privacy_plan
 from veilspan.trainer.data import Batch, Records, open_heldout, open_records
 from veilspan.trainer.errors import ModelError, TrainerError
 from veilspan.trainer.forecast import memory_forecast
 from veilspan.trainer.logits import chunks_logits
+from veilspan.trainer.mechanism import mechanism, noise_source
 from veilspan.trainer.microbatch import Microbatch, chosen_microbatch, settled_microbatch
 from veilspan.trainer.model_cost import count_cost
 from veilspan.trainer.models import build_model, count_parameters
@@ -43,10 +32,6 @@ from veilspan.trainer.secrets import key_fingerprint
 from veilspan.trainer.sequences import SequenceLosses
 from veilspan.trainer.throughput import Throughput
 from veilspan.trainer.tokenizer import load_tokenizer
-
-GROUPS = {"flat": Flat, "block": PerBlock, "layer": PerLayer, "parameter": PerParameter}
-"""Kinds of clipping groups by the name that recipes use."""
-
 
 _COMPARED = 16  # sequences, about
 _ONE = Microbatch(size=1, reason="until with_microbatch decides")
@@ -187,13 +172,12 @@ def private_step(
         is stored nowhere: noise is never repeated, not even for a step that is repeated after a
         crash, and every process of a copy and every copy of the model draws the same noise.
     """
-    privacy = parts.recipe.privacy
     noise_key = processes.broadcast(new_key() if processes.is_first else None)
     return PrivateStep(
         parts.model,
-        **_mechanism(parts),
+        **mechanism(parts.recipe, parts.plan),
         **_seams(parts.recipe, processes),
-        noise=GaussianNoise(noise_key) if privacy.noise == "aes" else PhiloxNoise(noise_key),
+        noise=noise_source(parts.recipe.privacy.noise, noise_key),
         on_release=gate,
         first_step=first_step,
     )
@@ -222,21 +206,6 @@ def check(parts: Parts, step: PrivateStep, clock: Throughput) -> Report:
     return report
 
 
-def _mechanism(parts: Parts) -> dict[str, Any]:
-    """Return what the recipe says of the mechanism, as arguments of `PrivateStep`."""
-    privacy, plan, compute = parts.recipe.privacy, parts.plan, parts.recipe.compute
-    law = plan.norms
-    rule = Clip() if privacy.clipping == "clip" else Automatic(gamma=privacy.gamma)
-    return {
-        "clipping": GROUPS[privacy.groups](clip_norm=plan.clip_norm, rule=rule),
-        "noise_multiplier": plan.noise_multiplier,
-        "expected_batch_size": plan.expected_batch_size,
-        "backward": compute.backward,
-        "norms": Sketch(probes=law.probes, blocks=law.blocks) if law else compute.norms,
-        "accumulate": privacy.sums,
-    }
-
-
 def _seams(recipe: Recipe, processes: Processes) -> dict[str, Any]:
     """Return who holds the rest of the model and of each unit, as arguments of `PrivateStep`."""
     mesh = processes.mesh
@@ -252,7 +221,8 @@ def _chosen(parts: Parts, processes: Processes) -> Microbatch:
     """Ask the cost model, through a step that is taken off again before anything is trained."""
     recipe = parts.recipe
     noise = GaussianNoise(new_key())  # never drawn
-    step = PrivateStep(parts.model, **_mechanism(parts), **_seams(recipe, processes), noise=noise)
+    wishes = mechanism(recipe, parts.plan)
+    step = PrivateStep(parts.model, **wishes, **_seams(recipe, processes), noise=noise)
     try:
         cost = count_cost(recipe, load_tokenizer(recipe))
         memory = memory_forecast(recipe, cost, microbatch_size=1)

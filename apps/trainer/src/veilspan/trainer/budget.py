@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from veilspan.accounting import PrivacyPlan, SketchedClip
-from veilspan.trainer.errors import RecipeError
+from veilspan.trainer.errors import RecipeError, TrainerError
 from veilspan.trainer.recipe import Recipe
 from veilspan.trainer.sections import Privacy
 
-_STREAMS = {"aes": "aes-ctr", "philox": "philox"}
+_STREAMS = {"aes": "aes-ctr", "chacha20": "chacha20", "philox": "philox"}
+_GENERATORS = {"aes-256-ctr": "aes", "chacha20": "chacha20", "philox": "philox"}
 
 
 def privacy_plan(recipe: Recipe, num_units: int) -> PrivacyPlan:
@@ -79,6 +80,24 @@ def plan_of(
         raise RecipeError(
             f"No noise fits privacy.target_epsilon = {privacy.target_epsilon:g}: {error}"
         ) from error
+
+
+def noise_named(noise: object) -> str:
+    """Return what a recipe calls the noise that this source draws; AES where there is none.
+
+    Raises:
+        TrainerError: If it is no noise that a privacy statement knows.
+    """
+    if noise is None:
+        return "aes"
+    stream = str(getattr(noise, "stream_name", None))
+    for beginning, name in _GENERATORS.items():
+        if stream.startswith(beginning) and hasattr(noise, "add_"):
+            return name
+    raise TrainerError(
+        f"noise is {noise!r}, whose stream_name is {stream!r}; privacy statements know "
+        f"{', '.join(_GENERATORS)}. Pass GaussianNoise, PhiloxNoise or TritonNoise."
+    )
 
 
 def _sampling_probability(privacy: Privacy, num_records: int, drawn: str) -> float:

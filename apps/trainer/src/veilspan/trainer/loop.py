@@ -36,6 +36,7 @@ from veilspan.trainer.checkpoint import (
 )
 from veilspan.trainer.data import collate
 from veilspan.trainer.export import export_model
+from veilspan.trainer.mechanism import check_arithmetic
 from veilspan.trainer.monitor import Monitor
 from veilspan.trainer.optimizer import learning_rate, make_optimizer, set_learning_rate
 from veilspan.trainer.overview import show_choices, show_outcome, show_start
@@ -112,6 +113,8 @@ def train(recipe: Recipe, *, observer: Observer | None = None) -> Path:
     processes = join_processes(
         replicate=parallel.replicate, context=parallel.context, device=recipe.compute.device
     )
+    with processes.together():
+        check_arithmetic(recipe, processes.device)
     with processes.together():
         parts = assemble(recipe, processes)
     require_alike(parts, processes)

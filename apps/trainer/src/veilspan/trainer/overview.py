@@ -81,7 +81,7 @@ def _run_rows(
         ("sequence", f"{_sequences(recipe)}, tokenizer {recipe.data.tokenizer}"),
         ("held-out", heldout),
         ("processes", _processes_text(processes, recipe)),
-        ("compute", f"{processes.device}, {recipe.model.dtype}{_logits(parts)}"),
+        ("compute", f"{processes.device}, {recipe.model.dtype}{_arithmetic(parts)}"),
         ("micro-batch", str(parts.microbatch)),
         ("folder", str(folder.root)),
     ]
@@ -103,8 +103,9 @@ def _privacy_rows(parts: Parts) -> list[tuple[str, str]]:
     ]
 
 
-def _logits(parts: Parts) -> str:
-    return ", logits a chunk at a time" if parts.losses.chunked else ""
+def _arithmetic(parts: Parts) -> str:
+    kernels = ", Triton kernels" if parts.recipe.compute.kernels == "triton" else ""
+    return kernels + (", logits a chunk at a time" if parts.losses.chunked else "")
 
 
 def _sequences(recipe: Recipe) -> str:

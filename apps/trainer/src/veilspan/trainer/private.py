@@ -14,19 +14,12 @@ from pydantic import ValidationError
 from torch import nn
 
 from veilspan.accounting import Ledger, PrivacyPlan, SketchedClip
-from veilspan.core import (
-    Flat,
-    GaussianNoise,
-    PhiloxNoise,
-    PrivateStep,
-    Sketch,
-    new_key,
-    poisson_batches,
-)
+from veilspan.core import Flat, PrivateStep, Sketch, new_key, poisson_batches
 from veilspan.core.groups import Clipping
+from veilspan.core.protocols import NoiseSource
 from veilspan.core.rates import free_bytes
 from veilspan.core.streams import check_count
-from veilspan.trainer.budget import plan_of
+from veilspan.trainer.budget import noise_named, plan_of
 from veilspan.trainer.errors import RecipeError, TrainerError
 from veilspan.trainer.microbatch import Microbatch, fastest_that_fits
 from veilspan.trainer.private_batches import PrivateTraining, Records
@@ -60,7 +53,7 @@ def make_private(  # noqa: PLR0913 - each is one number of the plan or one part 
     microbatch_size: int | Literal["auto"] = "auto",
     sequence_length: int | None = None,
     collate: Callable[[list[Any]], Any] = collate_tensors,
-    noise: GaussianNoise | PhiloxNoise | None = None,
+    noise: NoiseSource | None = None,
     key: bytes | None = None,
     **options: Any,
 ) -> PrivateTraining:
@@ -91,7 +84,8 @@ def make_private(  # noqa: PLR0913 - each is one number of the plan or one part 
             embedding or a convolution takes one record at a time without it.
         collate: Makes a micro-batch of a list of records; by default PyTorch's `default_collate`,
             for tensors of one shape.
-        noise: Noise source; by default AES with a fresh key from the operating system.
+        noise: `GaussianNoise`, `PhiloxNoise` or veilspan.kernels' `TritonNoise`; by default AES
+            with a fresh key from the operating system. The plan names its stream.
         key: 32 secret bytes of the sampler, which no other start on the same data may use: two
             releases of one draw cost more than two of independent draws. Fresh by default.
         **options: Further arguments of `PrivateStep`: `backward`, `norms`, `accumulate`, ….
@@ -145,7 +139,7 @@ def make_private(  # noqa: PLR0913 - each is one number of the plan or one part 
         "expected_batch_size": expected_batch_size,
         "sampling_probability": sampling_probability,
         "clip_norm": clipping.clip_norm,
-        "noise": "philox" if isinstance(noise, PhiloxNoise) else "aes",
+        "noise": noise_named(noise),
     }
     law = _law(model, clipping, options.get("norms"))
     plan = _plan(numbers, epochs, len(dataset), (unit, records_per_unit), law)

@@ -25,7 +25,11 @@ from veilspan.trainer.run_folder import RunFolder, ledger_head
 from veilspan.trainer.run_info import RunInfo, used_versions
 
 _CURVE_POINTS = 16
-_STREAMS = {"aes-ctr": "AES-256 in counter mode (cryptographic)", "philox": "Philox (fast)"}
+_STREAMS = {
+    "aes-ctr": "AES-256 in counter mode (cryptographic)",
+    "chacha20": "ChaCha20 (cryptographic)",
+    "philox": "Philox (fast)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ _PACKAGES = (
     "veilspan-core",
     "veilspan-accounting",
     "veilspan-parallel",
+    "veilspan-kernels",
     "veilspan-trainer",
     "torch",
     "transformers",

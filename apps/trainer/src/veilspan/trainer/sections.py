@@ -15,9 +15,7 @@ class Lora(Section):
     """Train low-rank adapters and freeze everything else (`[model.lora]`)."""
 
     rank: int = Field(default=8, ge=1, description="Rank of each adapter.")
-    alpha: float = Field(
-        default=16.0, gt=0, description="Scale; the adapter adds alpha/rank · B·A."
-    )
+    alpha: float = Field(default=16.0, gt=0, description="Scale: an adapter adds alpha/rank · B·A.")
     target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
         default="all-linear", description="Module names to adapt, as in PEFT."
     )
@@ -181,9 +179,7 @@ class Privacy(Section):
     clipping: Literal["clip", "automatic"] = Field(
         default="clip", description="clip: min(1, C/n). automatic: C/(n + gamma)."
     )
-    gamma: float = Field(
-        default=0.01, ge=0, description="Stability constant of automatic clipping."
-    )
+    gamma: float = Field(default=0.01, ge=0, description="Keeps automatic clipping stable.")
     groups: Literal["flat", "block", "layer", "parameter"] = Field(
         default="flat",
         description="Who shares a threshold. The thresholds of all groups are equal, and their "
@@ -204,10 +200,10 @@ class Privacy(Section):
         ge=1,
         description="The estimate is the largest of this many means; divides norm_probes.",
     )
-    noise: Literal["aes", "philox"] = Field(
+    noise: Literal["aes", "chacha20", "philox"] = Field(
         default="aes",
-        description="aes: cryptographically strong noise. philox: not cryptographic; the privacy "
-        "statement says so.",
+        description="aes: cryptographically strong noise. chacha20: the same, drawn on the GPU. "
+        "philox: not cryptographic; the privacy statement says so.",
     )
     key_file: Path | None = Field(
         default=None,
@@ -298,6 +294,10 @@ class Compute(Section):
     ] = Field(default="auto", description="What is kept until the clipping factors are known.")
     norms: Literal["auto", "direct", "gram"] = Field(
         default="auto", description="How per-unit gradient norms are computed."
+    )
+    kernels: Literal["torch", "triton"] = Field(
+        default="torch",
+        description="What computes norms and clipped sums. triton: veilspan-kernels, on a GPU.",
     )
     logits: Literal["auto", "whole", "chunked"] = Field(
         default="auto",

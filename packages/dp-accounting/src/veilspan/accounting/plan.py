@@ -47,7 +47,8 @@ class PrivacyPlan:
             batch of one size for "replace"; "full_batch", every record in every step.
         relation: Neighbouring relation: "add_remove", one unit more or less; or "replace", one unit
             exchanged for another, which costs more.
-        noise_stream: Where the noise comes from: "aes-ctr" (cryptographic) or "philox" (fast).
+        noise_stream: Where the noise comes from: "aes-ctr" or "chacha20" (cryptographic), or
+            "philox", which is not.
         batch_cap: With "truncated_poisson", the most records a step processes; a larger sample is
             cut in any way. The chance of a cut is charged to δ.
         most_records: With "truncated_poisson", a public bound on the number of records.

@@ -22,7 +22,7 @@ _LEAST_NOISE, _MOST_NOISE = 1e-60, 1e60  # squares stay in the range of a double
 _ALLOWED = {
     "sampling": SAMPLINGS,
     "relation": RELATIONS,
-    "noise_stream": ("aes-ctr", "philox"),
+    "noise_stream": ("aes-ctr", "chacha20", "philox"),
 }
 
 

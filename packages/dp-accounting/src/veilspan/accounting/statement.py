@@ -17,6 +17,10 @@ _STREAMS = {
         "The noise comes from AES-256 in counter mode, a cryptographic stream that nobody is "
         "known to tell from true randomness without its key."
     ),
+    "chacha20": (
+        "The noise comes from ChaCha20, a cryptographic stream that nobody is known to tell from "
+        "true randomness without its key."
+    ),
     "philox": (
         "The noise comes from Philox, a fast statistical generator keyed by the operating system. "
         "It passes statistical tests but is not cryptographic: an adversary who recovers its state "
