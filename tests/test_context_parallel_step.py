@@ -191,6 +191,17 @@ def test_pitfall_17_nothing_is_left_of_a_pass_that_failed_on_all_ranks(found, me
         assert max(report["after errors"].values()) <= 1e-10
 
 
+@on_every_mesh
+def test_a_step_may_be_built_after_a_forward_pass_alone(found, mesh):
+    assert all(report["after a forward pass"]["error"] <= 1e-10 for report in found[mesh])
+
+
+@on_every_mesh
+def test_pitfall_11_a_parameter_that_is_frozen_later_is_called_so(found, mesh):
+    for report in found[mesh]:
+        assert "frozen or unfrozen after" in report["after a forward pass"]["frozen"]
+
+
 @pytest.mark.parametrize("mesh", ["1x2", "1x4"])
 def test_before_torch_2_13_such_experts_are_refused(found, mesh):
     for report in found[mesh]:

@@ -349,6 +349,20 @@ def after_errors(mesh: ParallelMesh) -> dict[str, float]:
     return found
 
 
+def after_a_forward_pass(mesh: ParallelMesh) -> dict[str, Any]:
+    """A step built while FSDP2 still holds parameters gathered; then one of them is frozen."""
+    layout = Layout(length=LENGTH, ranks=mesh.context_degree)
+    model = shard_model(llama(torch.float64, register_attention()), mesh)
+    with context_parallel(mesh, layout):
+        losses_of(model, mesh, layout, 1)  # no backward pass follows
+    step = private_step(model, mesh)
+    add_records(step, mesh, layout, [0] if mesh.replicate_rank == 0 else [])
+    error = relative(whole(step), oracle(False, [0]))
+    model.zero_grad()
+    model.lm_head.weight.requires_grad_(False)
+    return {"error": error, "frozen": said(step.__enter__)}
+
+
 def parted(mesh: ParallelMesh) -> dict[str, str]:
     """What is said where ranks are about to release different things; the ledger must not hear."""
     released: list[Release] = []
@@ -455,6 +469,7 @@ def body(arguments: list[str]) -> dict[str, Any]:
             "routed by an older torch": routed_by_an_older_torch(mesh),
             "settings of others": settings_of_others(mesh),
             "refusals": refusals(mesh),
+            "after a forward pass": after_a_forward_pass(mesh),
             "parted": parted(mesh),
             "after errors": after_errors(mesh),
             "failed alone": failed_alone(mesh),
