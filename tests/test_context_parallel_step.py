@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -39,7 +40,9 @@ def values(found: Found, *path: str) -> Iterator[Any]:
 def test_clipped_sums_equal_the_per_sample_loop(found, mesh):
     for report in found[mesh]:
         errors = report["clipped sums"]
-        assert len(errors) == 16
+        words = [enumerate(case.split()) for case in errors]
+        pairs = {pair for case in words for pair in combinations(case, 2)}
+        assert len(pairs) == 24  # four choices of two values each
         for case, error in errors.items():
             assert error <= (1e-10 if case.endswith("float64") else 1e-5), case
 
@@ -186,6 +189,17 @@ def test_experts_that_only_some_ranks_reach_get_their_own_gradients(found, mesh)
 def test_pitfall_17_nothing_is_left_of_a_pass_that_failed_on_all_ranks(found, mesh):
     for report in found[mesh]:
         assert max(report["after errors"].values()) <= 1e-10
+
+
+@on_every_mesh
+def test_a_step_may_be_built_after_a_forward_pass_alone(found, mesh):
+    assert all(report["after a forward pass"]["error"] <= 1e-10 for report in found[mesh])
+
+
+@on_every_mesh
+def test_pitfall_11_a_parameter_that_is_frozen_later_is_called_so(found, mesh):
+    for report in found[mesh]:
+        assert "frozen or unfrozen after" in report["after a forward pass"]["frozen"]
 
 
 @pytest.mark.parametrize("mesh", ["1x2", "1x4"])

@@ -24,7 +24,7 @@ def found(run_on_ranks) -> Found:
 @pytest.mark.parametrize("mesh", MESHES)
 def test_clipped_sums_and_evaluations_of_split_sequences_equal_those_of_logits(found, mesh):
     for report in found[mesh]:
-        assert len(report["context"]) >= 8
+        assert len(report["context"]) == 8
         for case, error in report["context"].items():
             assert error <= 1e-10, case
 
@@ -39,7 +39,7 @@ def test_estimated_norms_equal_those_of_whole_gradients(found, mesh):
 
 def test_sums_of_a_model_split_over_ranks_with_other_records_equal_the_loop(found):
     for report in found["2x1"]:
-        assert len(report["replicas"]) == 8
+        assert len(report["replicas"]) == 4
         for case, error in report["replicas"].items():
             assert error <= 1e-10, case
 

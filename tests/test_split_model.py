@@ -23,7 +23,7 @@ def found(run_on_ranks) -> Found:
 @on_every_world
 def test_clipped_sums_equal_the_per_sample_loop(found, ranks):
     for report in found[ranks]:
-        assert len(report["clipped sums"]) == 24
+        assert len(report["clipped sums"]) == 12
         for case, error in report["clipped sums"].items():
             assert error <= 1e-10, case
 

@@ -14,6 +14,7 @@ from kit import (
     KEY,
     LENGTH,
     RECORDS,
+    every_pair,
     llama,
     oracle,
     private_step,
@@ -65,7 +66,7 @@ def context(mesh: ParallelMesh) -> dict[str, float]:
     """Relative error of losses and clipped sums where ranks hold a sequence together."""
     errors = {}
     mine = list(range(RECORDS))[mesh.replicate_rank :: mesh.replicate_degree]
-    for tied, checkpointing, kind in itertools.product(
+    for tied, checkpointing, kind in every_pair(
         (False, True), ("none", "full"), ("contiguous", "zigzag")
     ):
         model = llama(torch.float64, register_attention(), tied=tied)
@@ -107,21 +108,22 @@ def sketched(mesh: ParallelMesh) -> dict[str, float]:
 def replicas(mesh: ParallelMesh) -> dict[str, float]:
     """The same where FSDP2 splits the model over ranks with different records."""
     errors = {}
-    for tied, (clipping, backward) in itertools.product(
+    for tied, (clipping, backward), by_hand in every_pair(
         (False, True),
         ((PerLayer(clip_norm=CLIP_NORM), "per_layer"), (Flat(clip_norm=CLIP_NORM), "bookkeeping")),
+        (False, True),
     ):
         model = llama(torch.float64, "sdpa", tied=tied)
-        by_hand = llama(torch.float64, "sdpa", tied=tied)
-        for module in (*decoder_blocks(by_hand), by_hand):  # the head is let go of, and gathered
-            fully_shard(module, mesh=mesh.replicate_mesh, reshard_after_forward=True)
-        wanted = oracle(tied, range(RECORDS), clipping)
-        for split in (shard_model(model, mesh, axis="replicate"), by_hand):
-            options = {"clipping": clipping, "backward": backward, "shards": ReplicaShards(mesh)}
-            step = private_step(split, mesh, **options)
-            add_all(step, mesh)
-            case = f"tied={tied} {backward} {'by hand' if split is by_hand else ''}"
-            errors[case] = relative(whole(step), wanted)
+        if by_hand:
+            for module in (*decoder_blocks(model), model):  # the head is let go of, and gathered
+                fully_shard(module, mesh=mesh.replicate_mesh, reshard_after_forward=True)
+        else:
+            model = shard_model(model, mesh, axis="replicate")
+        options = {"clipping": clipping, "backward": backward, "shards": ReplicaShards(mesh)}
+        step = private_step(model, mesh, **options)
+        add_all(step, mesh)
+        case = f"tied={tied} {backward} by_hand={by_hand}"
+        errors[case] = relative(whole(step), oracle(tied, range(RECORDS), clipping))
     return errors
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers.models.llama.modeling_llama  # noqa: F401 - or each rank would import it
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -27,6 +29,18 @@ from veilspan.parallel import (
 
 LENGTH, RECORDS, CLIP_NORM = 24, 5, 0.5
 KEY = hashlib.sha256(b"a key for tests only").digest()
+
+
+def every_pair(*choices: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Return few combinations, among which every pair of values of two choices occurs."""
+    rows = [*itertools.product(*(range(len(choice)) for choice in choices))]
+    pairs = {row: set(itertools.combinations(enumerate(row), 2)) for row in rows}
+    missing, found = set().union(*pairs.values()), []
+    while missing:
+        row = max(rows, key=lambda row: len(pairs[row] & missing))
+        missing -= pairs[row]
+        found.append(tuple(choice[i] for choice, i in zip(choices, row, strict=True)))
+    return found
 
 
 def llama(dtype: torch.dtype, attention: str, *, tied: bool = False) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,7 @@ from kit import (
     LENGTH,
     RECORDS,
     add_records,
+    every_pair,
     full,
     llama,
     losses_of,
@@ -73,16 +73,19 @@ def clipped_sums(mesh: ParallelMesh) -> dict[str, float]:
     """Relative error of the clipped sum against the per-sample loop, per case."""
     errors = {}
     mine = list(range(RECORDS))[mesh.replicate_rank :: mesh.replicate_degree]
-    for tied in (False, True):
-        expected = oracle(tied, list(range(RECORDS)))
-        for kind, checkpointing, dtype in itertools.product(
-            ("contiguous", "zigzag"), ("none", "full"), (torch.float64, torch.float32)
-        ):
-            model = llama(dtype, register_attention(), tied=tied)
-            step = private_step(shard_model(model, mesh, checkpointing=checkpointing), mesh)
-            layout = Layout(length=LENGTH, ranks=mesh.context_degree, kind=kind)
-            add_records(step, mesh, layout, mine)
-            errors[f"tied={tied} {kind} {checkpointing} {dtype}"] = relative(whole(step), expected)
+    expected = [oracle(tied, range(RECORDS)) for tied in (False, True)]
+    for tied, kind, checkpointing, dtype in every_pair(
+        (False, True),
+        ("contiguous", "zigzag"),
+        ("none", "full"),
+        (torch.float64, torch.float32),
+    ):
+        model = llama(dtype, register_attention(), tied=tied)
+        step = private_step(shard_model(model, mesh, checkpointing=checkpointing), mesh)
+        layout = Layout(length=LENGTH, ranks=mesh.context_degree, kind=kind)
+        add_records(step, mesh, layout, mine)
+        case = f"tied={tied} {kind} {checkpointing} {dtype}"
+        errors[case] = relative(whole(step), expected[tied])
     return errors
 
 
@@ -346,6 +349,20 @@ def after_errors(mesh: ParallelMesh) -> dict[str, float]:
     return found
 
 
+def after_a_forward_pass(mesh: ParallelMesh) -> dict[str, Any]:
+    """A step built while FSDP2 still holds parameters gathered; then one of them is frozen."""
+    layout = Layout(length=LENGTH, ranks=mesh.context_degree)
+    model = shard_model(llama(torch.float64, register_attention()), mesh)
+    with context_parallel(mesh, layout):
+        losses_of(model, mesh, layout, 1)  # no backward pass follows
+    step = private_step(model, mesh)
+    add_records(step, mesh, layout, [0] if mesh.replicate_rank == 0 else [])
+    error = relative(whole(step), oracle(False, [0]))
+    model.zero_grad()
+    model.lm_head.weight.requires_grad_(False)
+    return {"error": error, "frozen": said(step.__enter__)}
+
+
 def parted(mesh: ParallelMesh) -> dict[str, str]:
     """What is said where ranks are about to release different things; the ledger must not hear."""
     released: list[Release] = []
@@ -452,6 +469,7 @@ def body(arguments: list[str]) -> dict[str, Any]:
             "routed by an older torch": routed_by_an_older_torch(mesh),
             "settings of others": settings_of_others(mesh),
             "refusals": refusals(mesh),
+            "after a forward pass": after_a_forward_pass(mesh),
             "parted": parted(mesh),
             "after errors": after_errors(mesh),
             "failed alone": failed_alone(mesh),

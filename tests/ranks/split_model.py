@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import itertools
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from kit import CLIP_NORM, KEY, RECORDS, full, llama, oracle, private_step, records, relative, whole
+from kit import (
+    CLIP_NORM,
+    KEY,
+    RECORDS,
+    every_pair,
+    full,
+    llama,
+    oracle,
+    private_step,
+    records,
+    relative,
+    whole,
+)
 from private_step import keep_float64
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -61,16 +73,16 @@ def add_draw(step: PrivateStep, mesh: ParallelMesh, draw: Draw, size: int = 2) -
 
 def clipped_sums(mesh: ParallelMesh) -> dict[str, float]:
     """Relative error of the clipped sum against the per-sample loop, per case."""
-    errors = {}
-    for (clipping, backward), tied in itertools.product(CASES, (False, True)):
-        expected = oracle(tied, range(RECORDS), clipping)
-        for checkpointing, size in (("none", 1), ("none", 2), ("full", 2)):
-            model = split(mesh, tied=tied, checkpointing=checkpointing)
-            options = {"clipping": clipping, "backward": backward, "shards": ReplicaShards(mesh)}
-            step = private_step(model, mesh, **options)
-            add_draw(step, mesh, ALL, size)
-            case = f"{type(clipping).__name__} {backward} tied={tied} {checkpointing} size={size}"
-            errors[case] = relative(whole(step), expected)
+    errors, expected = {}, functools.cache(oracle)
+    for (clipping, backward), tied, (checkpointing, size) in every_pair(
+        CASES, (False, True), (("none", 1), ("none", 2), ("full", 2))
+    ):
+        model = split(mesh, tied=tied, checkpointing=checkpointing)
+        options = {"clipping": clipping, "backward": backward, "shards": ReplicaShards(mesh)}
+        step = private_step(model, mesh, **options)
+        add_draw(step, mesh, ALL, size)
+        case = f"{type(clipping).__name__},{backward} tied={tied} {checkpointing},size={size}"
+        errors[case] = relative(whole(step), expected(tied, range(RECORDS), clipping))
     return errors
 
 

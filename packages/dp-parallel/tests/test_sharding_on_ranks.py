@@ -15,6 +15,10 @@ def test_every_element_has_exactly_one_owner(reports, ranks):
     assert all(found["one owner"] for found in of(reports, ranks, "shards"))
 
 
+def test_a_mesh_that_fits_is_not_looked_at_again(reports, ranks):
+    assert not any(found["listed again"] for found in of(reports, ranks, "shards"))
+
+
 def test_restore_is_the_inverse_of_local(reports, ranks):
     found = of(reports, ranks, "shards")
     assert all(shards["restored"] for shards in found)

@@ -92,6 +92,12 @@ def build(family: str, attention: str):
     return model.double().train()
 
 
+# Transformers imports a model when it is first asked for: here, and not once more in each rank.
+with torch.device("meta"):
+    for each in FAMILIES:
+        build(each, "sdpa")
+
+
 def losses(logits: Tensor, shifted_labels: Tensor, num_tokens_B: Tensor) -> Tensor:
     losses_BT = F.cross_entropy(logits.transpose(1, 2), shifted_labels, reduction="none")
     return losses_BT.sum(dim=1) / num_tokens_B

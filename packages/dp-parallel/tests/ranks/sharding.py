@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -75,10 +77,14 @@ def shards_of(mesh) -> dict[str, object]:
         parameter.grad = shards.restore(parameter, local.double())
         restored_right &= torch.equal(shards.local(parameter.grad), local)
         squares += local.double().pow(2).sum()
+    with patch.object(shards, "_ranks") as listed:
+        for parameter in model.parameters():
+            shards.local(parameter)
     expected = sum(p.double().pow(2).sum() for p in whole.values())
     return {
         "rebuilt": rebuilt_right,
         "one owner": owners_right,
+        "listed again": listed.call_count,
         "restored": restored_right,
         "names": [name for name, _ in model.named_parameters()] == list(whole),
         "norm error": abs(shards.sum_scalars(squares) / expected - 1).item(),

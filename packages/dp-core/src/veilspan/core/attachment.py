@@ -169,8 +169,8 @@ class Attachment:
             if now.get(name) is not before.get(name)
         ]
         if changed and all(
-            isinstance(before.get(name), DTensor) and not isinstance(now.get(name, 0), DTensor)
-            for name in changed
+            isinstance(before.get(name), DTensor) and type(now.get(name)) is nn.Parameter
+            for name in changed  # one that is not there any more was frozen
         ):
             raise PrivacyError(
                 f"Parameter '{changed[0]}' is still gathered whole: an error stopped FSDP2 in the "

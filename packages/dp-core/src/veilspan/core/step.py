@@ -24,6 +24,7 @@ from veilspan.core.checks import (
 )
 from veilspan.core.errors import PrivacyError
 from veilspan.core.explain import explain
+from veilspan.core.fsdp import show_shards
 from veilspan.core.groups import Clipping
 from veilspan.core.norms import BlockedKernel
 from veilspan.core.plan import Wishes, plan_for
@@ -113,6 +114,7 @@ class PrivateStep(FixedWhenBuilt, names=("clipping", "noise_multiplier", "expect
         self._shards, kernel = shards or LocalShards(), kernel or BlockedKernel()
         self._reduction, self._on_release = reduction or NoReduction(), on_release
         detach_copies(model)
+        show_shards(model)  # a forward pass that no backward pass followed leaves some gathered
         owned = trainable_parameters(model)
         refuse_mixed_gradients(model, owned, self._shards, reduction)
         whole = self._shards.degree == 1 or isinstance(norms, Sketch)

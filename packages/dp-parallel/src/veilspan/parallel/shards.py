@@ -10,6 +10,7 @@ from typing import Literal, final
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from veilspan.parallel.mesh import ParallelMesh
@@ -27,6 +28,8 @@ class _RowShards(ABC):
         self._mesh, self._axis = mesh, axis
         self._parts = mesh.context_degree if context else mesh.replicate_degree
         self._place = mesh.context_rank if context else mesh.replicate_rank
+        # Torch makes the list of a mesh's ranks anew each time, which costs more than a small sum.
+        self._fitting: set[DeviceMesh] = set()
 
     @property
     def _group(self) -> dist.ProcessGroup:
@@ -156,14 +159,17 @@ class _RowShards(ABC):
         """Refuse a parameter that every rank holds whole, where that is wrong."""
 
     def _check_placement(self, tensor: DTensor) -> None:
-        placements = tuple(tensor.placements)
-        ranks = tensor.device_mesh.mesh.flatten().tolist()
+        placements, split = tuple(tensor.placements), tensor.device_mesh
+        if placements == (Shard(0),) and split in self._fitting:
+            return
+        ranks = split.mesh.flatten().tolist()
         if placements != (Shard(0),) or ranks != self._ranks():
             raise ValueError(
                 f"a parameter of shape {tuple(tensor.shape)} has the placements {placements} on "
                 f"the ranks {ranks}; it must be split along its first dimension "
                 f"over the {self._parts} {self._axis} ranks, as shard_model does."
             )
+        self._fitting.add(split)
 
     def _ranks(self) -> list[int]:
         if self._parts == 1:
