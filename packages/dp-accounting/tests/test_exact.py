@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.special import ndtr
@@ -70,8 +70,10 @@ def test_discretised_step_dominates_or_is_dominated_at_every_epsilon(direction, 
 @given(
     q=st.floats(-6.0, -0.02).map(lambda e: 10.0**e),
     sigma=noises,
-    fineness=st.sampled_from([1e-3, 5e-3, 0.03, 0.3]),
+    fineness=st.sampled_from([5e-3, 0.03, 0.3]),
 )
+@example(q=1e-3, sigma=0.8, fineness=1e-3)
+@example(q=0.9, sigma=2.0, fineness=1e-3)  # so fine a grid takes a second
 @pytest.mark.parametrize("direction", ["remove", "add"])
 def test_a_dominated_step_is_a_law_that_gives_nothing_away_upwards(direction, q, sigma, fineness):
     step = OneStep(SampledGaussian(noise_multiplier=sigma, sampling_probability=q, steps=1))

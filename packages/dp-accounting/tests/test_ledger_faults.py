@@ -414,3 +414,25 @@ def test_crash_after_a_recorded_release_counts_it(path):
     child = run_child(path, "ledger.append(step=2)\nos._exit(9)\n")
     assert child.returncode == 9, child.stderr
     assert reread(path) == 3
+
+
+@pytest.mark.parametrize(
+    ("written", "edited"),
+    [
+        *(
+            ('"budget_epsilon": 2.0', f'"budget_epsilon": {budget}')
+            for budget in ('"2"', "NaN", "1e999", "-1", "true", "[2]")
+        ),
+        ('"run_id": "warm-up"', '"run_id": 5'),
+        ('"data": "letters"', '"data": 7'),
+        ('"data": "letters"', '"data": " "'),
+    ],
+)
+def test_header_that_was_edited_into_what_no_run_writes_is_refused(path, written, edited):
+    """No release holds the header in the chain yet; an endless budget would never stop a run."""
+    filled(path, 0, run_id="warm-up", budget_epsilon=2.0, data="letters")
+    text = path.read_text(encoding="utf-8")
+    assert written in text
+    path.write_text(text.replace(written, edited), encoding="utf-8")
+    with pytest.raises(LedgerError, match="damaged header"):
+        Ledger.open(path)

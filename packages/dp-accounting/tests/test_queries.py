@@ -191,6 +191,7 @@ def test_tradeoff_says_nothing_where_nothing_is_guaranteed():
     ("call", "message"),
     [
         (lambda plan: plan.delta_at(-1.0), r"epsilon is -1\.0"),
+        (lambda plan: plan.delta_at(1.7e308), r"epsilon is 1\.7e\+308"),
         (lambda plan: plan.delta_at(math.nan), "epsilon is nan"),
         (lambda plan: plan.delta_at(math.inf), "epsilon is inf"),
         (lambda plan: plan.tradeoff(1), "points is 1"),

@@ -352,3 +352,33 @@ def test_norms_that_are_no_law_are_refused():
         release(64)
     with pytest.raises(ValueError, match="blocks must divide probes"):
         SketchedClip(probes=64, blocks=5)
+
+
+@pytest.mark.parametrize(
+    ("norms", "delta"),
+    [
+        (SketchedClip(probes=64, blocks=4), 1e-60),
+        (SketchedClip(probes=64, probes_shared=True), 1e-34),
+    ],
+)
+def test_bounds_stay_close_where_delta_is_in_the_far_tail_of_the_law(norms, delta):
+    """All sizes beyond a chance of about 1e-30 in one cell would give many times the ε."""
+    q = 0.01
+    bounds = CertifiedEngine().epsilon(release(norms, q=q), delta)
+    assert bounds.upper <= bounds.lower * 1.005
+
+    ends = np.linspace(1, 40, 40_001)
+    size = np.append(1.0, (ends[1:] + ends[:-1]) / 2)
+    weight = np.append(1 - norms.exceeds(ends[0]), -np.diff(norms.exceeds(ends)))
+
+    def delta_at(epsilon):
+        absent = math.expm1(epsilon) + q
+        if norms.probes_shared:  # each size has an output of its own from which on the loss is ε
+            x = math.log(absent / q) / size + size / 2
+            return np.dot(weight, q * special.ndtr(size - x) - absent * special.ndtr(-x))
+        return max(
+            q * np.dot(weight, special.ndtr(size - x)) - absent * special.ndtr(-x)
+            for x in np.linspace(16, 18, 201)
+        )
+
+    assert delta_at(bounds.upper) < delta < delta_at(bounds.lower)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
+from veilspan.accounting.mechanism import check_number
 from veilspan.accounting.plan import PrivacyPlan
 
 SCHEMA = "veilspan.accounting.ledger/1"
@@ -41,7 +43,12 @@ class LedgerEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """First line of a ledger: whose releases it counts, and of which data."""
+    """First line of a ledger: whose releases it counts, and of which data.
+
+    Raises:
+        ValueError: If the budget is no number above 0, or a name is no text, or that of the data
+            is empty.
+    """
 
     run_id: str
     data: str | None
@@ -49,6 +56,22 @@ class Header:
     budget_epsilon: float | None
     created: str
     nonce: str  # random: no two ledgers begin alike, even of one run and in one second
+
+    def __post_init__(self) -> None:
+        for name in ("run_id", "created", "nonce"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be text.")
+        if self.data is not None and not (isinstance(self.data, str) and self.data.strip()):
+            raise ValueError(f"data is {self.data!r}; give the data set a name, or None.")
+        if self.budget_epsilon is None:
+            return
+        budget = check_number("budget_epsilon", self.budget_epsilon)
+        if not 0 < budget < math.inf:
+            raise ValueError(
+                f"budget_epsilon is {self.budget_epsilon}; it must be above 0 and finite, "
+                "or None for no limit."
+            )
+        object.__setattr__(self, "budget_epsilon", float(budget))
 
     def to_line(self) -> bytes:
         """Return the header as a line of the file."""

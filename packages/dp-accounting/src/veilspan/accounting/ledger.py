@@ -15,7 +15,7 @@ from veilspan.accounting.bounds import EpsilonBounds, at_least, round_up
 from veilspan.accounting.calibration import largest
 from veilspan.accounting.chain import Contents, Header, LedgerEntry, LedgerError
 from veilspan.accounting.engines import CertifiedEngine, PldEngine
-from veilspan.accounting.mechanism import check_count, check_number
+from veilspan.accounting.mechanism import check_count
 from veilspan.accounting.plan import PrivacyPlan
 
 
@@ -83,20 +83,11 @@ class Ledger:
             LedgerError: If the file exists already or cannot be written.
             ValueError: If the budget is not above 0, or the name of the data is empty.
         """
-        if budget_epsilon is not None:
-            check_number("budget_epsilon", budget_epsilon)
-            if not 0 < budget_epsilon < float("inf"):
-                raise ValueError(
-                    f"budget_epsilon is {budget_epsilon}; it must be above 0 and finite, "
-                    "or None for no limit."
-                )
-        if data is not None and not data.strip():
-            raise ValueError(f"data is {data!r}; give the data set a name, or None.")
         header = Header(
             run_id=uuid.uuid4().hex if run_id is None else run_id,
             data=data,
             plan=plan,
-            budget_epsilon=None if budget_epsilon is None else float(budget_epsilon),
+            budget_epsilon=budget_epsilon,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             nonce=secrets.token_hex(8),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass, replace
 
@@ -12,6 +11,7 @@ RELATIONS = ("add_remove", "replace")
 _DRAWS = ("poisson", "without_replacement")
 _MOST_RECORDS_PER_UNIT = 1_000_000
 _LARGEST_COUNT = 10**15
+_LARGEST_EPSILON = 1e100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +214,6 @@ def check_delta(value: object) -> None:
 
 
 def check_epsilon(value: object) -> None:
-    """Raise `ValueError` unless `value` is a number of at least 0, infinity excluded."""
-    if not 0 <= check_number("epsilon", value) < math.inf:
-        raise ValueError(f"epsilon is {value!r}; it must be at least 0 and finite.")
+    """Raise `ValueError` unless `value` is a number from 0 to 1e100."""
+    if not 0 <= check_number("epsilon", value) <= _LARGEST_EPSILON:
+        raise ValueError(f"epsilon is {value!r}; it must lie from 0 to {_LARGEST_EPSILON:g}.")

@@ -129,7 +129,7 @@ class Phases:
         """Return bounds on the δ of all phases together at `epsilon`.
 
         Raises:
-            ValueError: If `epsilon` is below 0 or not a number.
+            ValueError: If `epsilon` is no number from 0 to 1e100.
         """
         check_epsilon(epsilon)
         return CertifiedEngine().delta(self.mechanism, epsilon)

@@ -208,7 +208,7 @@ class PrivacyPlan:
             epsilon: The ε to answer for; at least 0.
 
         Raises:
-            ValueError: If `epsilon` is below 0 or not a number.
+            ValueError: If `epsilon` is no number from 0 to 1e100.
 
         Guarantee:
             The run is (`epsilon`, `upper`)-differentially private in both directions of the plan's

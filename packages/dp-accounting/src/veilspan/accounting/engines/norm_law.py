@@ -20,6 +20,7 @@ than what is given away for rounding. Larger sizes are rounded without a split.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,9 +31,10 @@ from veilspan.accounting.engines.grouped import Array, Bound, grouped_survival
 from veilspan.accounting.sketched import SketchedClip
 
 _POINTS = 1 << 15  # of the survival function
-# Cells are narrow where these powers of the density are large: the tail decides small δ.
-_POWERS = (0.25, 0.1)
-_NEGLIGIBLE = 1e-40  # mass of an atom that may as well count as beyond all atoms
+# Cells are narrow where powers of the density are large: the tail decides small δ. The second power
+# leaves at least this share of width to where the density is about the tail, however small that is.
+_POWER, _TAIL_POWER, _TAIL_SHARE = 0.25, 0.1, 0.05
+_NEGLIGIBLE, _SMALLEST = 1e-12, 1e-305  # of the tail: mass that may as well count as beyond
 _WIDEST = 0.2  # w of a cell that is treated in this way, at most
 _LOST = 1e-9  # κ against the tail
 
@@ -122,7 +124,7 @@ def gather(law: FineLaw, bound: Bound, *, count: int, scale: Scale) -> Atoms:
         As in the module.
     """
     size, mass = law.size, law.mass
-    ends = _choose(size, mass, count)
+    ends = _choose(law, count, scale.tail)
     total, moment = (np.add.reduceat(values, ends[:-1]) for values in (mass, mass * law.place))
     low, high = size[ends[:-1]], size[ends[1:]]
     up = np.clip((moment - low * total) / (high - low), 0.0, total)  # mass · (mean - a)/Δ
@@ -130,20 +132,22 @@ def gather(law: FineLaw, bound: Bound, *, count: int, scale: Scale) -> Atoms:
     first, at_first, beyond = float(size[0]), law.at_first, law.beyond
     if bound == "lower":
         middle = np.where(small, low + (high - low) * up / np.maximum(total, 1e-300) - move, low)
-        return collect(np.append(middle, [first, high[-1]]), [total, at_first, beyond], 0.0)
+        middle = np.append(middle, [first, high[-1]])
+        return collect(middle, [total, at_first, beyond], beyond=0.0, tail=scale.tail)
     up = np.where(small, up, total)
     node = np.append(low, high[-1])
     node = node + np.maximum(np.append(move, 0.0), np.append(0.0, move))
     weight = np.append(total - up, 0.0) + np.append(0.0, up)
-    return collect(np.append(node, first), [weight, at_first], beyond)
+    node = np.append(node, first)
+    return collect(node, [weight, at_first], beyond=beyond, tail=scale.tail)
 
 
-def collect(size: Array, weights: list[Array | float], beyond: float) -> Atoms:
+def collect(size: Array, weights: list[Array | float], *, beyond: float, tail: float) -> Atoms:
     """Return atoms in order of size; those of negligible weight count as beyond all others."""
     weight = np.concatenate([np.atleast_1d(values) for values in weights])
     order = np.argsort(size, kind="stable")
     size, weight = size[order], weight[order]
-    kept = weight > _NEGLIGIBLE
+    kept = weight > max(_NEGLIGIBLE * tail, _SMALLEST)
     return Atoms(size=size[kept], weight=weight[kept], beyond=beyond + float(weight[~kept].sum()))
 
 
@@ -172,14 +176,16 @@ def _survival(norms: SketchedClip, bound: Bound, scale: Scale) -> tuple[Array, A
     return size, norms.exceeds(size)
 
 
-def _choose(size: Array, mass: Array, count: int) -> NDArray[np.int64]:
+def _choose(law: FineLaw, count: int, tail: float) -> NDArray[np.int64]:
     """Return indices of the sizes that become ends of cells, the first and the last among them."""
-    width = np.diff(size)
-    density = np.maximum(mass, 1e-300) / width
+    size, width = law.size, np.diff(law.size)
+    density = np.maximum(law.mass, _SMALLEST) / width
     share = np.zeros(len(width))
-    for power in _POWERS:
+    log_share = math.log(_TAIL_SHARE)
+    log_tail = min(math.log(max(tail, _SMALLEST)), log_share / _TAIL_POWER)
+    for power in (_POWER, log_share / log_tail):
         part = density**power * width
         share += part / part.sum()
-    share = np.concatenate([[0.0], np.cumsum(share)]) / len(_POWERS)
+    share = np.concatenate([[0.0], np.cumsum(share)])
     chosen = np.searchsorted(share, np.linspace(0, share[-1], count + 1))
     return np.unique(np.minimum(chosen, len(size) - 1))

@@ -30,6 +30,7 @@ from veilspan.accounting.mechanism import SampledGaussian
 _LARGEST_BOTTOM = 200.0  # losses down to minus this leave room for large ones in a double
 _EXPONENT = 30.0
 _NODES = np.linspace(-9.0, 9.0, 181)
+_NEARLY_ALL = 1 - 1e-9  # chance of more records than a double has losses for
 
 
 @lru_cache(maxsize=32)
@@ -57,7 +58,7 @@ def records_step(one: SampledGaussian, bound: Bound, atoms: int, tail: float) ->
     q = -math.expm1(bottom)
     law = number_atoms(one, bound, atoms, tail)
     shift = HiddenShift(sigma, law)
-    loss_scale = _loss_scale(q, bottom, shift, sigma) if len(law.size) else 0.0
+    loss_scale = _loss_scale(q, bottom, shift, sigma) if law.beyond < _NEARLY_ALL else 0.0
     if loss_scale == 0:
         raise EngineError("the loss of so many records in a sample is beyond a double's range")
     return OneStep(one, shift, loss_scale)
@@ -96,7 +97,7 @@ def _atoms(chance: Array, beyond: float, size: tuple[Bound, int], scale: Scale) 
     if bound == "lower":
         chance = np.append(chance[:-1], chance[-1] + beyond)
         beyond = 0.0
-    law = collect(number, [chance], beyond)
+    law = collect(number, [chance], beyond=beyond, tail=scale.tail)
     if len(law.size) <= max(count, 2):
         return law
     fine = FineLaw(
