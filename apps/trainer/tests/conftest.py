@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -11,7 +14,10 @@ from typing import Any
 
 import pytest
 
+from veilspan.trainer import report
+from veilspan.trainer.loop import train
 from veilspan.trainer.recipe import Recipe, make_recipe
+from veilspan.trainer.run_folder import key_path
 
 WORKERS = Path(__file__).parent / "workers"
 
@@ -115,3 +121,42 @@ def _tiny_recipe(folder: Path, **overrides: Any) -> Recipe:
         else:
             tree.setdefault(section, {})[key] = value
     return make_recipe(tree)
+
+
+@pytest.fixture
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no figures, which is half of a small run; test_report and test_end_to_end draw them."""
+    monkeypatch.setattr(report, "draw_plots", lambda *_, **__: {})
+
+
+@pytest.fixture(scope="session")
+def _finished(
+    tmp_path_factory: pytest.TempPathFactory, recipe_in: MakeRecipe
+) -> tuple[Recipe, str]:
+    recipe = recipe_in(tmp_path_factory.mktemp("finished"), privacy__steps=4, data__name="notes")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        train(recipe)
+    return recipe, printed.getvalue()
+
+
+@pytest.fixture(scope="session")
+def finished_run(_finished: tuple[Recipe, str]) -> Recipe:
+    """The recipe of a run of four steps that is over; its folder is for reading only."""
+    return _finished[0]
+
+
+@pytest.fixture(scope="session")
+def finished_output(_finished: tuple[Recipe, str]) -> str:
+    """What that run printed."""
+    return _finished[1]
+
+
+@pytest.fixture
+def finished_copy(tmp_path: Path, finished_run: Recipe) -> Recipe:
+    """The recipe of a copy of that run, which a test may change or continue."""
+    place = tmp_path / "copy"
+    shutil.copytree(finished_run.run.folder, place)
+    shutil.copy2(key_path(finished_run), tmp_path / "copy.key")
+    run = finished_run.run.model_copy(update={"folder": place})
+    return finished_run.model_copy(update={"run": run})

@@ -114,6 +114,7 @@ def open_data(path: Path, **data: Any) -> object:
         ({"data": {"tokenizer": ""}}, ["data.tokenizer: is ''"]),
         ({"model": {"path": "", "config": None}}, ["model.path: is ''; give the name"]),
         ({"privacy": {"key_file": ""}}, ["privacy.key_file: is ''; give the name"]),
+        ({"run": {"folder": "a\0b"}}, ["run.folder: is 'a\\x00b'; no name of a file"]),
         ({"parallel": {"context": 3}}, ["data.sequence_length is 64", "cannot divide"]),
     ],
     ids=lambda value: str(value)[:60],

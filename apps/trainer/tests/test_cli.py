@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from veilspan.accounting import LedgerError, PrivacyPlan
 from veilspan.core import PrivacyError
 from veilspan.trainer.cli import USER_ERROR, app
 from veilspan.trainer.errors import RecipeError
+from veilspan.trainer.interrupts import Interrupted
 from veilspan.trainer.recipe import Recipe
 
 RECIPE = """
@@ -151,9 +154,10 @@ def test_an_automatic_delta_is_below_one_over_the_number_of_units(recipe: Path):
         RecipeError("wrong [key]"),
         PrivacyError("wrong [key]"),
         LedgerError("wrong [key]"),
-        OSError(28, "No space left on device", "/wrong [key]"),
+        OSError(errno.ENOSPC, "No space left on device", "/wrong [key]"),
+        OSError(errno.EFBIG, "File too large", "/wrong [key]"),
     ],
-    ids=lambda error: type(error).__name__,
+    ids=lambda error: f"{type(error).__name__} {getattr(error, 'errno', '')}".strip(),
 )
 def test_what_the_user_can_put_right_is_one_message(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -166,6 +170,27 @@ def test_what_the_user_can_put_right_is_one_message(
     assert result.exit_code == USER_ERROR
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("wrong [key]") == 1
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "told"),
+    [
+        (Interrupted("after [step] 3", signal.SIGTERM), 143, "after [step] 3"),
+        (Interrupted("after [step] 3", signal.SIGINT), 130, "after [step] 3"),
+        (KeyboardInterrupt(), 130, "Interrupted at once. The same command continues the run"),
+    ],
+)
+def test_a_run_that_was_interrupted_says_how_it_goes_on(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, end: BaseException, status: int, told: str
+):
+    def interrupted(recipe: Recipe) -> Path:
+        raise end
+
+    monkeypatch.setattr("veilspan.trainer.loop.train", interrupted)
+    result = invoke("train", recipe)
+    assert result.exit_code == status
+    assert told in result.stderr
     assert "Traceback" not in result.output
 
 
@@ -185,10 +210,11 @@ def test_train_gets_the_recipe_with_overrides(recipe: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("command", ["report", "export"])
-def test_a_folder_without_a_run_is_refused(tmp_path: Path, command: str):
-    result = invoke(command, tmp_path)
-    assert result.exit_code == USER_ERROR
-    assert str(tmp_path) in result.stderr
+def test_a_folder_without_a_run_is_refused(tmp_path: Path, recipe: Path, command: str):
+    for place in (tmp_path, recipe):
+        result = invoke(command, place)
+        assert result.exit_code == USER_ERROR
+        assert f"{place} is no run folder" in result.stderr
 
 
 def test_the_module_runs_and_ends_with_2_without_a_traceback(tmp_path: Path):

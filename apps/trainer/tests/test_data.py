@@ -358,6 +358,18 @@ def test_a_held_out_folder_inside_of_the_training_folder_is_never_trained_on(tmp
     assert [text(held, unit) for unit in range(len(held))] == ["b|"]
 
 
+@pytest.mark.parametrize("link", ["hardlink_to", "symlink_to"])
+def test_a_held_out_file_is_never_trained_on_under_another_name(tmp_path: Path, link: str):
+    train, public = tmp_path / "train", tmp_path / "public"
+    write_texts(tmp_path, {"train/a.txt": "a", "train/b.txt": "b", "public/c.txt": "c"})
+    getattr(public / "link.txt", link)(train / "b.txt")
+    settings = recipe(train, heldout=str(public), heldout_is_public=True)
+    trained, held = open_records(settings, TOKENIZER), open_heldout(settings, TOKENIZER)
+    assert held is not None
+    assert [text(trained, unit) for unit in range(len(trained))] == ["a|"]
+    assert [text(held, unit) for unit in range(len(held))] == ["c|", "b|"]
+
+
 def test_held_out_data_must_not_hold_the_training_data(tmp_path: Path):
     write_texts(tmp_path, {"private/a.txt": "a", "b.txt": "b"})
     settings = recipe(tmp_path / "private", heldout=str(tmp_path), heldout_is_public=True)

@@ -37,12 +37,13 @@ FILES = {
 GENERATE = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-ids = tokenizer("the quick", return_tensors="pt")
-out = model.generate(**ids, max_new_tokens=5, do_sample=False)
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("the quick", return_tensors="pt")
+    out = model.generate(**ids, max_new_tokens=5, do_sample=False)
+    print(out.shape[1] - ids.input_ids.shape[1])
 assert "veilspan" not in " ".join(sys.modules)
-print(out.shape[1] - ids.input_ids.shape[1])
 """
 
 
@@ -66,27 +67,34 @@ PARALLEL = {
 }
 
 
-@pytest.fixture(scope="module", params=list(PARALLEL))
-def finished(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, recipe_in: Callable
-) -> Path:
-    """A finished run: on one process by a call, on two by the command line under torchrun.
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, recipe_in: Callable, run_workers: Callable
+) -> dict[str, Path]:
+    """Finished runs: on one process by a call, on two by the command line and by calls.
 
     Two that hold each sequence together, with exact and with estimated norms, and two that hold
     the model together.
     """
-    root = tmp_path_factory.mktemp(request.param)
-    recipe = recipe_in(root, **PARALLEL[request.param])
-    if request.param == "one":
-        return train(recipe)
-    path = root / "recipe.toml"
-    path.write_text(recipe.to_toml())
+    root = tmp_path_factory.mktemp("runs")
+    recipes = {name: recipe_in(root / name, **keys) for name, keys in PARALLEL.items()}
+    files = {name: root / name / "recipe.toml" for name in PARALLEL}
+    for name, recipe in recipes.items():
+        files[name].write_text(recipe.to_toml())
+    train(recipes["one"])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["-m", "veilspan.trainer", "train", str(path)]
+    command += ["-m", "veilspan.trainer", "train", str(files["two"])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Finished" in done.stdout
-    return recipe.run.folder
+    assert done.stdout.count("Finished") == 1
+    done = run_workers("train_all.py", files["estimated"], files["split"], processes=2)
+    assert done.stdout.count("Finished") == 2
+    return {name: recipe.run.folder for name, recipe in recipes.items()}
+
+
+@pytest.fixture(params=list(PARALLEL))
+def finished(runs: dict[str, Path], request: pytest.FixtureRequest) -> Path:
+    return runs[request.param]
 
 
 @pytest.mark.distributed
@@ -120,16 +128,18 @@ def test_the_heldout_loss_falls_and_only_public_quantities_are_logged(finished: 
 
 
 @pytest.mark.distributed
-def test_the_model_loads_and_generates_without_this_package(finished: Path) -> None:
+def test_the_models_load_and_generate_without_this_package(runs: dict[str, Path]) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", GENERATE, str(finished / "model")],
+        [sys.executable, "-c", GENERATE, *(str(run / "model") for run in runs.values())],
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert 1 <= int(done.stdout) <= 5
+    made = [int(line) for line in done.stdout.splitlines()]
+    assert len(made) == len(runs)
+    assert all(1 <= tokens <= 5 for tokens in made)
 
 
 @pytest.mark.distributed
@@ -152,12 +162,11 @@ def test_the_heldout_loss_is_the_mean_over_all_tokens_however_they_are_split(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("shard", ["context", "replicate"])
 def test_torchrun_restarts_a_crashed_run_on_its_own(
-    shard: str, tmp_path: Path, run_workers: Callable, recipe_in: Callable
+    tmp_path: Path, run_workers: Callable, recipe_in: Callable
 ) -> None:
     recipe = recipe_in(
-        tmp_path, parallel__replicate=2, parallel__shard=shard, run__checkpoint_every=3
+        tmp_path, parallel__replicate=2, parallel__shard="replicate", run__checkpoint_every=3
     )
     path = tmp_path / "recipe.toml"
     path.write_text(recipe.to_toml())

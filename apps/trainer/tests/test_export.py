@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from veilspan.trainer.checkpoint import CheckpointError
 from veilspan.trainer.export import ExportError, export_checkpoint, export_model
-from veilspan.trainer.loop import train
 from veilspan.trainer.models import build_model
 from veilspan.trainer.processes import Processes
 from veilspan.trainer.recipe import Recipe
@@ -66,6 +65,7 @@ def test_the_exported_model_computes_what_the_trained_one_does(
     assert AutoTokenizer.from_pretrained(path)("ab").input_ids == [256, 97, 98]
     assert (path / "README.md").read_text() == "# Note\n"
     assert not list(path.glob("*.bin"))
+    assert len({file.stat().st_mode for file in path.iterdir()}) == 1
 
 
 def test_a_model_folder_mentions_none_of_our_names(tmp_path: Path, recipe_in: Callable) -> None:
@@ -76,14 +76,14 @@ def test_a_model_folder_mentions_none_of_our_names(tmp_path: Path, recipe_in: Ca
     assert "veilspan" not in json.dumps(config).lower()
 
 
-def test_an_exported_model_generates_with_a_cache(tmp_path: Path, recipe_in: Callable) -> None:
-    model = AutoModelForCausalLM.from_pretrained(train(recipe_in(tmp_path)) / "model")
+def test_an_exported_model_generates_with_a_cache(finished_run: Recipe) -> None:
+    model = AutoModelForCausalLM.from_pretrained(finished_run.run.folder / "model")
     assert model.config.use_cache
     assert model.generation_config.use_cache is not False
 
 
-def test_the_newest_checkpoint_can_be_exported_later(tmp_path: Path, recipe_in: Callable) -> None:
-    folder = train(recipe_in(tmp_path, privacy__steps=3))
+def test_the_newest_checkpoint_can_be_exported_later(finished_copy: Recipe) -> None:
+    folder = finished_copy.run.folder
     expected = load_file(folder / "model" / "model.safetensors")
     (folder / "model" / "model.safetensors").unlink()
     path = export_checkpoint(folder)

@@ -5,32 +5,50 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import resource
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from veilspan.accounting import Ledger, LedgerError
+from veilspan.accounting import BudgetExceeded, Ledger, LedgerError
 from veilspan.core import Draw, new_key, poisson_batches
 from veilspan.trainer import loop
 from veilspan.trainer.checkpoint import CheckpointError, read_progress
 from veilspan.trainer.errors import RecipeError, TrainerError
+from veilspan.trainer.interrupts import Interrupted, StopAsked
 from veilspan.trainer.loop import key_path, train
 from veilspan.trainer.metrics import PUBLIC_METRICS, read_metrics
 from veilspan.trainer.optimizer import learning_rate, make_optimizer
+from veilspan.trainer.processes import Processes
 from veilspan.trainer.recipe import Recipe
 from veilspan.trainer.run_folder import RunFolder, recipe_digest
 from veilspan.trainer.sections import Optimizer
 from veilspan.trainer.throughput import Throughput
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 
 class StopError(RuntimeError):
     """Ends a run from inside, as a fault would."""
+
+
+class SignalAt:
+    """An observer that sends this process a signal at one moment, once or several times."""
+
+    def __init__(self, number: int, moment: str, step: int, *, times: int = 1) -> None:
+        self._number, self._at, self._times = number, (moment, step), times
+
+    def at(self, moment: str, step: int) -> None:
+        for _ in range(self._times if (moment, step) == self._at else 0):
+            signal.raise_signal(self._number)
 
 
 class StopAt:
@@ -64,19 +82,21 @@ def recipe(tmp_path: Path, recipe_in: Callable) -> Recipe:
     return recipe_in(tmp_path, privacy__steps=4)
 
 
-def test_the_ledger_names_the_data(tmp_path: Path, recipe_in: Callable) -> None:
-    with _ledger(train(recipe_in(tmp_path, privacy__steps=2, data__name="notes"))) as ledger:
-        assert ledger.data == "notes"
+def test_the_ledger_names_the_data(
+    finished_run: Recipe, tmp_path: Path, recipe_in: Callable
+) -> None:
+    with _ledger(finished_run.run.folder) as ledger:
+        assert ledger.data == finished_run.data.name == "notes"
     with pytest.raises(RecipeError, match=r"data\.name"):
         recipe_in(tmp_path, data__name=" ")
 
 
-def test_a_finished_run_is_not_trained_again(recipe: Recipe) -> None:
-    folder = train(recipe)
+def test_a_finished_run_is_not_trained_again(finished_copy: Recipe) -> None:
+    folder = finished_copy.run.folder
     before = (folder / "ledger.jsonl").read_bytes()
     weights = load_file(folder / "model" / "model.safetensors")
     (folder / "report.html").unlink()
-    train(recipe)
+    train(finished_copy)
     assert (folder / "ledger.jsonl").read_bytes() == before
     again = load_file(folder / "model" / "model.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
@@ -93,6 +113,32 @@ def test_a_run_continues_after_a_fault_and_stops_when_the_budget_is_spent(recipe
     assert read_progress(_newest(folder)).step == 3  # one release was paid for and lost
     assert (folder / "model" / "model.safetensors").exists()
     assert "4 releases for 3 steps" in (folder / "privacy_statement.md").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_stop_saves_every_step_first(
+    tmp_path: Path, recipe_in: Callable, capfd: pytest.CaptureFixture[str], number: int
+) -> None:
+    recipe = recipe_in(tmp_path, privacy__steps=4, run__checkpoint_every=100)
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=r"after step 2 of 4.*same command continues") as caught:
+        train(recipe, observer=SignalAt(number, "after_ledger", 1))
+    assert caught.value.signal_number == number
+    assert "stops when this step is finished" in capfd.readouterr().err
+    assert signal.getsignal(number) == before
+    assert read_progress(_newest(recipe.run.folder)).step == 2
+    with _ledger(train(recipe)) as ledger:
+        assert [entry.step for entry in ledger.entries] == [0, 1, 2, 3]
+
+
+def test_a_run_that_is_interrupted_twice_stops_at_once(recipe: Recipe) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, observer=SignalAt(signal.SIGINT, "after_ledger", 1, times=2))
+    assert signal.getsignal(signal.SIGINT) == before
+    assert not (recipe.run.folder / "checkpoints").exists()
+    with _ledger(recipe.run.folder) as ledger:
+        assert [entry.step for entry in ledger.entries] == [0, 1]
 
 
 def test_the_budget_ends_a_run_with_everything_a_finished_one_has(
@@ -172,16 +218,48 @@ def test_a_full_disk_during_a_checkpoint_loses_nothing(
         assert [entry.step for entry in ledger.entries] == [0, 1, 2, 3, 2, 3]
 
 
-def test_a_ledger_that_lost_its_end_is_refused(recipe: Recipe) -> None:
-    folder = train(recipe)
+@pytest.mark.parametrize(
+    ("module", "name", "file"),
+    [
+        ("metrics", "MetricsLog.write", "metrics.jsonl"),
+        ("loop", "write_statement", "privacy_statement.md"),
+        ("loop", "write_report", "privacy_statement.md"),
+    ],
+)
+def test_a_file_that_does_not_fit_on_the_disk_is_named(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, module: str, name: str, file: str
+) -> None:
+    target = f"veilspan.trainer.{module}.{name}"
+    real = resolve_name(target)
+
+    def full(*arguments: object, **keys: object) -> object:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))  # the kernel refuses more
+        try:
+            return real(*arguments, **keys)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, full)
+        with pytest.raises(OSError, match="File too large") as caught:
+            train(recipe)
+    assert Path(caught.value.filename).name == file
+    with _ledger(train(recipe)) as ledger:
+        assert ledger.releases == 4
+    assert [row["step"] for row in read_metrics(recipe.run.folder / "metrics.jsonl")] == [0, 4]
+
+
+def test_a_ledger_that_lost_its_end_is_refused(finished_copy: Recipe) -> None:
+    folder = finished_copy.run.folder
     lines = (folder / "ledger.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "ledger.jsonl").write_bytes(b"".join(lines[:-1]))
     with pytest.raises(LedgerError, match="end of the ledger was lost"):
-        train(recipe)
+        train(finished_copy)
 
 
-def test_a_ledger_that_was_replaced_by_a_younger_one_is_refused(recipe: Recipe) -> None:
-    folder = train(recipe)
+def test_a_ledger_that_was_replaced_by_a_younger_one_is_refused(finished_copy: Recipe) -> None:
+    folder = finished_copy.run.folder
     with _ledger(folder) as ledger:
         plan, run_id = ledger.plan, ledger.run_id
     (folder / "ledger.jsonl").unlink()
@@ -189,21 +267,21 @@ def test_a_ledger_that_was_replaced_by_a_younger_one_is_refused(recipe: Recipe) 
         for step in range(4):
             forged.append(step=step)
     with pytest.raises(LedgerError, match="not the ledger that the newest checkpoint"):
-        train(recipe)
+        train(finished_copy)
 
 
-def test_a_checkpoint_of_another_run_is_refused(recipe: Recipe) -> None:
-    folder = train(recipe)
+def test_a_checkpoint_of_another_run_is_refused(finished_copy: Recipe) -> None:
+    folder = finished_copy.run.folder
     info = _newest(folder) / "checkpoint.json"
-    info.write_text(info.read_text().replace(recipe_digest(recipe), "0" * 64))
+    info.write_text(info.read_text().replace(recipe_digest(finished_copy), "0" * 64))
     with pytest.raises(CheckpointError, match="belongs to another run"):
-        train(recipe)
+        train(finished_copy)
 
 
 def test_pitfall_49_nothing_a_run_writes_names_a_private_quantity(
-    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+    finished_run: Recipe, finished_output: str
 ) -> None:
-    folder = train(recipe)
+    folder = finished_run.run.folder
     rows = read_metrics(folder / "metrics.jsonl")
     assert rows
     assert {name for row in rows for name in row} <= set(PUBLIC_METRICS)
@@ -211,7 +289,7 @@ def test_pitfall_49_nothing_a_run_writes_names_a_private_quantity(
         json.loads((folder / "run.json").read_text()).keys()
         == RunFolder(folder).read_info().__dict__.keys()
     )
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    lines = [line for line in finished_output.splitlines() if line.startswith("step ")]
     assert len(lines) == 5
     for line in lines:
         quantities = re.sub(r"\d[\d.,:/]*", "#", line)
@@ -222,10 +300,10 @@ def test_pitfall_49_nothing_a_run_writes_names_a_private_quantity(
         )
 
 
-def test_the_key_is_in_no_file_of_the_run_folder(recipe: Recipe) -> None:
-    folder = train(recipe)
-    key = key_path(recipe).read_bytes()
-    assert key_path(recipe).parent == folder.parent
+def test_the_key_is_in_no_file_of_the_run_folder(finished_run: Recipe) -> None:
+    folder = finished_run.run.folder
+    key = key_path(finished_run).read_bytes()
+    assert key_path(finished_run).parent == folder.parent
     for path in filter(Path.is_file, folder.rglob("*")):
         content = path.read_bytes()
         assert key not in content, path
@@ -236,7 +314,7 @@ def test_names_of_folders_are_shown_as_they_are(
     tmp_path: Path, recipe_in: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "[lr]" / "run[" / "of]"
-    train(recipe_in(tmp_path, run__folder=str(folder)))
+    train(recipe_in(tmp_path, run__folder=str(folder), privacy__steps=2))
     assert "/[lr]/run[/of]" in "".join(capsys.readouterr().out.split())
 
 
@@ -250,7 +328,7 @@ def test_no_two_releases_share_a_draw(
         return poisson_batches(*sizes, key=key, **rest)
 
     monkeypatch.setattr(loop, "poisson_batches", noted)
-    settings = {"privacy__key_file": str(tmp_path / "shared.key"), "run__checkpoint_every": 100}
+    settings = {"privacy__key_file": str(tmp_path / "shared.key"), "privacy__steps": 2}
     one, two = (recipe_in(tmp_path, run__folder=str(tmp_path / n), **settings) for n in "ab")
     with pytest.raises(StopError):
         train(one, observer=StopAt("before_ledger", 0))
@@ -329,25 +407,26 @@ def test_throughput_does_not_tell_how_long_units_are(
     assert {tokens for tokens, full in timed if not full} - {100}
 
 
-def test_memory_of_a_process_that_reads_private_rows_is_not_published(recipe: Recipe) -> None:
-    folder = train(recipe)
-    assert not any("memory_gib" in row for row in read_metrics(folder / "metrics.jsonl"))
+def test_memory_of_a_process_that_reads_private_rows_is_not_published(
+    finished_run: Recipe,
+) -> None:
+    rows = read_metrics(finished_run.run.folder / "metrics.jsonl")
+    assert rows
+    assert not any("memory_gib" in row for row in rows)
 
 
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        ("text0.txt", "different training data; "),
-        ("text24.txt", "different numbers of units and training data; "),
-        ("recipe.toml", "different recipes; "),
-    ],
-)
+@pytest.mark.distributed
 def test_pitfall_16_processes_that_read_other_data_are_refused(
-    tmp_path: Path, recipe_in: Callable, run_workers: Callable, other: str, message: str
+    tmp_path: Path, recipe_in: Callable, run_workers: Callable
 ) -> None:
     """As machines do whose data folders are not copies: their draws have nothing in common."""
-    for rank in range(2):
-        folder = tmp_path / str(rank)
+    cases = {
+        "text0.txt": "different training data; ",
+        "text24.txt": "different numbers of units and training data; ",
+        "recipe.toml": "different recipes; ",
+    }
+    for other, rank in itertools.product(cases, range(2)):
+        folder = tmp_path / other / str(rank)
         epsilon = 7.0 if rank and other == "recipe.toml" else 8.0
         settings = recipe_in(
             folder, parallel__replicate=2, run__folder="run", privacy__target_epsilon=epsilon
@@ -355,12 +434,30 @@ def test_pitfall_16_processes_that_read_other_data_are_refused(
         data = settings.data.model_copy(update={"train": Path("texts")})
         recipe = settings.model_copy(update={"data": data})
         (folder / "recipe.toml").write_text(recipe.to_toml())
-    if other != "recipe.toml":
-        (tmp_path / "1" / "texts" / other).write_text("something else")
-    run_workers("each_its_own.py", tmp_path, processes=2)
-    for rank in range(2):
-        assert message in (tmp_path / str(rank) / "error.txt").read_text()
-        assert not (tmp_path / str(rank) / "run").exists()
+        if rank and other != "recipe.toml":
+            (folder / "texts" / other).write_text("something else")
+    run_workers("each_its_own.py", *(tmp_path / other for other in cases), processes=2)
+    for (other, message), rank in itertools.product(cases.items(), range(2)):
+        folder = tmp_path / other / str(rank)
+        assert message in (folder / "error.txt").read_text()
+        assert not (folder / "run").exists()
+
+
+def test_processes_that_fail_in_two_ways_raise_the_same_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else one would go on to an evaluation, the other to a checkpoint, and each wait for ever."""
+
+    def gather(failures: list, mine: object) -> None:
+        failures[:] = [(BudgetExceeded, "spent"), mine]
+
+    monkeypatch.setattr(Processes, "distributed", True)
+    monkeypatch.setattr(Processes, "size", 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    together = Processes(device=torch.device("cpu")).together()
+    with pytest.raises(BudgetExceeded, match="spent") as caught, together:
+        raise StopAsked("15")
+    assert isinstance(caught.value.__cause__, StopAsked)
 
 
 def test_several_processes_without_torchrun_are_refused(
@@ -374,8 +471,7 @@ def test_several_processes_without_torchrun_are_refused(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"compute__checkpointing": "full"},
-        {"model__dtype": "bfloat16"},
+        {"compute__checkpointing": "full", "model__dtype": "bfloat16"},
         {"compute__microbatch_size": 3, "compute__backward": "two_pass"},
         {"compute__microbatch_size": 2, "compute__backward": "bookkeeping"},
         {"privacy__groups": "block", "privacy__sums": "exact"},

@@ -152,27 +152,18 @@ def test_the_model_is_left_as_it_was(tmp_path: Path, recipe_in: Callable) -> Non
     assert not any("forward" in vars(module) for module in parts.model.modules())
 
 
-@pytest.fixture
-def finished(
-    tmp_path: Path, recipe_in: Callable, capsys: pytest.CaptureFixture[str]
-) -> tuple[Recipe, Path, str]:
-    recipe = recipe_in(tmp_path, privacy__steps=2)
-    folder = train(recipe)
-    return recipe, folder, capsys.readouterr().out
-
-
-def test_the_choice_is_printed_and_recorded(finished: tuple[Recipe, Path, str]) -> None:
-    recipe, folder, printed = finished
-    size = _parts(recipe).microbatch.size
-    assert f"micro-batch  {size} at a time (chosen by the cost model; " in printed
+def test_the_choice_is_printed_and_recorded(finished_run: Recipe, finished_output: str) -> None:
+    folder = finished_run.run.folder
+    size = _parts(finished_run).microbatch.size
+    assert f"micro-batch  {size} at a time (chosen by the cost model; " in finished_output
     assert f"\nmicrobatch_size = {size}\n" in (folder / "recipe.toml").read_text()
     assert f"microbatch_size = {size}\n" in (folder / "report.html").read_text()
 
 
-def test_a_run_may_continue_with_another_size(finished: tuple[Recipe, Path, str]) -> None:
-    recipe, folder, _ = finished
+def test_a_run_may_continue_with_another_size(finished_copy: Recipe) -> None:
+    folder = finished_copy.run.folder
     releases = (folder / "ledger.jsonl").read_bytes()
-    assert train(recipe.with_microbatch(3)) == folder
+    assert train(finished_copy.with_microbatch(3)) == folder
     assert (folder / "ledger.jsonl").read_bytes() == releases
 
 

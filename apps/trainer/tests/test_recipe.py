@@ -74,6 +74,18 @@ def test_defaults_are_filled_in_and_the_rest_is_kept():
     assert recipe.data.train == Path("data")
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A shell leaves it as it is in `--set run.folder=~/runs`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = {"data": {"train": "~/data"}, "privacy": {"key_file": Path("~/key")}}
+    file = write(tmp_path / "recipe.toml", SMALL)
+    assert load_recipe(file, ["run.folder=~/runs"]).run.folder == tmp_path / "runs"
+    recipe = make_recipe(changed(**keys))
+    assert (recipe.data.train, recipe.privacy.key_file) == (tmp_path / "data", tmp_path / "key")
+    with pytest.raises(RecipeError, match=r"run\.folder: is '~nobody-here/runs'; the home folder"):
+        make_recipe(changed(run={"folder": "~nobody-here/runs"}))
+
+
 def test_a_recipe_cannot_be_changed():
     recipe = make_recipe(SMALL)
     with pytest.raises(ValueError, match="frozen"):

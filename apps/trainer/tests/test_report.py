@@ -22,6 +22,7 @@ from veilspan.trainer.odds import detection_bounds
 from veilspan.trainer.plots import draw_plots, plot_epsilon
 from veilspan.trainer.progress import Status
 from veilspan.trainer.prose import Block, parse
+from veilspan.trainer.recipe import Recipe
 from veilspan.trainer.report import epsilon_curve, write_report, write_statement
 from veilspan.trainer.run_folder import (
     RunFolder,
@@ -42,33 +43,52 @@ PLAN = PrivacyPlan.calibrate(
 )
 
 
+def _make_run(recipe: Recipe, entries: list[tuple[int, int]], rows: list[dict] | None) -> Path:
+    """Make a run folder with these ledger entries and metrics, without training."""
+    folder = RunFolder(recipe.run.folder)
+    info = RunInfo(
+        recipe_digest=recipe_digest(recipe),
+        key_fingerprint="a" * 16,
+        num_records=24,
+        num_heldout=3,
+        model_type="llama",
+        parameters=35168,
+        trainable=35168,
+        starts=(Start(releases=0, processes=2, device="<b>CPU</b>", versions={"torch": "2.13"}),),
+    )
+    with open_run(folder, recipe, PLAN, info) as ledger:
+        for step, attempt in entries:
+            ledger.append(step=step, attempt=attempt)
+    rows = [{"step": 0, "heldout_loss": 5.5}] if rows is None else rows
+    folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder.root
+
+
 @pytest.fixture
 def run_of(tmp_path: Path, recipe_in: Callable) -> Callable[..., Path]:
     """Make a run folder with the given ledger entries, without training."""
 
     def make(*entries: tuple[int, int], metrics: list[dict] | None = None) -> Path:
-        recipe = recipe_in(tmp_path)
-        folder = RunFolder(recipe.run.folder)
-        info = RunInfo(
-            recipe_digest=recipe_digest(recipe),
-            key_fingerprint="a" * 16,
-            num_records=24,
-            num_heldout=3,
-            model_type="llama",
-            parameters=35168,
-            trainable=35168,
-            starts=(
-                Start(releases=0, processes=2, device="<b>CPU</b>", versions={"torch": "2.13"}),
-            ),
-        )
-        with open_run(folder, recipe, PLAN, info) as ledger:
-            for step, attempt in entries:
-                ledger.append(step=step, attempt=attempt)
-        rows = [{"step": 0, "heldout_loss": 5.5}] if metrics is None else metrics
-        folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return folder.root
+        return _make_run(recipe_in(tmp_path), list(entries), metrics)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory: pytest.TempPathFactory, recipe_in: Callable) -> Path:
+    """A complete run with its report, for reading only."""
+    root = _make_run(recipe_in(tmp_path_factory.mktemp("complete")), _all(PLAN.steps), None)
+    assert write_report(root) == root / "report.html"
+    return root
+
+
+@pytest.fixture(scope="module")
+def page_of_a_repeated_step(tmp_path_factory: pytest.TempPathFactory, recipe_in: Callable) -> str:
+    """The report of a run that took one of its two steps twice, with single blanks."""
+    rows = [{"step": 0, "heldout_loss": 5.5}, {"step": 2, "heldout_loss": 3.25}]
+    recipe = recipe_in(tmp_path_factory.mktemp("repeated"))
+    page = write_report(_make_run(recipe, [(0, 0), (1, 0), (1, 1)], rows)).read_text()
+    return re.sub(r"\s+", " ", page)
 
 
 def _all(steps: int) -> list[tuple[int, int]]:
@@ -91,19 +111,18 @@ class References(HTMLParser):
                 self.others.append(f"{tag} {name}={value}")
 
 
-def test_a_complete_run_states_the_epsilon_of_its_plan(run_of: Callable) -> None:
-    root = run_of(*_all(PLAN.steps))
-    page = write_report(root).read_text()
+def test_a_complete_run_states_the_epsilon_of_its_plan(complete: Path) -> None:
+    page = (complete / "report.html").read_text()
     upper = PLAN.epsilon().upper
     assert f"ε ≤ {round_up(upper)}" in page
     assert "within its budget" in page
-    numbers = json.loads((root / "privacy_statement.json").read_text())
+    numbers = json.loads((complete / "privacy_statement.json").read_text())
     assert numbers["epsilon"]["upper"] == upper
-    assert f"ε ≤ {round_up(upper)}" in (root / "privacy_statement.md").read_text()
+    assert f"ε ≤ {round_up(upper)}" in (complete / "privacy_statement.md").read_text()
 
 
-def test_no_number_is_rounded_to_what_is_not_certified(run_of: Callable) -> None:
-    page = write_report(run_of(*_all(PLAN.steps))).read_text()
+def test_no_number_is_rounded_to_what_is_not_certified(complete: Path) -> None:
+    page = (complete / "report.html").read_text()
     assert "δ = 0.0011" in page  # not 0.001, the nearest of two digits
     assert "<b>0.0011</b>" in page
     bounds = PLAN.epsilon()
@@ -161,16 +180,16 @@ def test_no_statement_is_made_from_a_ledger_that_counts_less_than_the_checkpoint
             write(root)
 
 
-def test_the_report_is_one_page_that_needs_no_other_file(run_of: Callable) -> None:
+def test_the_report_is_one_page_that_needs_no_other_file(complete: Path) -> None:
     found = References()
-    found.feed(write_report(run_of(*_all(2))).read_text())
+    found.feed((complete / "report.html").read_text())
     assert found.others == []
     assert len(found.images) == 2
     assert all(image.startswith("data:image/png;base64,") for image in found.images)
 
 
-def test_the_report_escapes_what_it_shows(run_of: Callable) -> None:
-    page = write_report(run_of(*_all(1))).read_text()
+def test_the_report_escapes_what_it_shows(complete: Path) -> None:
+    page = (complete / "report.html").read_text()
     assert "<b>CPU</b>" not in page
     assert "&lt;b&gt;CPU&lt;/b&gt;" in page
 
@@ -191,16 +210,15 @@ def test_the_report_escapes_what_it_shows(run_of: Callable) -> None:
         "Timing, memory and other side channels",
     ],
 )
-def test_the_report_answers_what_a_privacy_officer_asks(run_of: Callable, expected: str) -> None:
-    rows = [{"step": 0, "heldout_loss": 5.5}, {"step": 2, "heldout_loss": 3.25}]
-    page = write_report(run_of((0, 0), (1, 0), (1, 1), metrics=rows)).read_text()
-    assert expected in re.sub(r"\s+", " ", page)
+def test_the_report_answers_what_a_privacy_officer_asks(
+    page_of_a_repeated_step: str, expected: str
+) -> None:
+    assert expected in page_of_a_repeated_step
 
 
-def test_the_head_in_the_report_is_the_hash_of_the_ledgers_last_line(run_of: Callable) -> None:
-    root = run_of(*_all(3))
-    last = (root / "ledger.jsonl").read_bytes().splitlines()[-1]
-    assert hashlib.sha256(last).hexdigest() in write_report(root).read_text()
+def test_the_head_in_the_report_is_the_hash_of_the_ledgers_last_line(complete: Path) -> None:
+    last = (complete / "ledger.jsonl").read_bytes().splitlines()[-1]
+    assert hashlib.sha256(last).hexdigest() in (complete / "report.html").read_text()
 
 
 def test_a_run_before_its_first_release_has_a_report_too(run_of: Callable) -> None:

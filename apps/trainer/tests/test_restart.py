@@ -27,7 +27,9 @@ CRASHES: Mapping[str, list[str]] = {
     "after_optimizer": ["after_optimizer@3"],
     "during_save": ["during_save@4"],
     "twice": ["after_ledger@3", "during_save@4"],
+    "copies": ["after_optimizer@3"],
 }
+ASKED = {"asked": ["asked@4"]}
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,13 @@ class Survivor:
 def survivors(
     tmp_path_factory: pytest.TempPathFactory, run_workers: Callable, recipe_in: Callable
 ) -> dict[str, Survivor]:
-    """Runs on two processes that share each sequence, one for each crash plan."""
+    """Runs on two processes, one for each crash plan: all but "copies" share each sequence."""
     root = tmp_path_factory.mktemp("crashes")
     scenarios = []
-    for name, crashes in CRASHES.items():
+    for name, crashes in {**CRASHES, **ASKED}.items():
         recipe = recipe_in(
             root / name,
-            parallel__context=2,
+            **({"parallel__replicate": 2} if name == "copies" else {"parallel__context": 2}),
             run__heldout_every=100,
             run__checkpoint_every=2,
             privacy__steps=STEPS,
@@ -152,6 +154,25 @@ def test_pitfall_44_a_checkpoint_holds_whole_steps_and_remembers_the_ledger(
             counted = ledger.entries[: progress.ledger_length]
             assert progress.step - 1 in {entry.step for entry in counted}
             assert len({entry.step for entry in counted}) >= progress.step
+
+
+@pytest.mark.distributed
+def test_processes_stop_together_where_one_is_asked_and_no_step_is_lost(
+    survivors: dict[str, Survivor],
+) -> None:
+    asked = survivors["asked"]
+    assert asked.steps_of("during_save") == [2, 4, 5, 6, 8]
+    with asked.ledger() as ledger:
+        assert [entry.step for entry in ledger.entries] == list(range(STEPS))
+
+
+@pytest.mark.distributed
+def test_copies_keep_the_micro_batch_that_they_chose(survivors: dict[str, Survivor]) -> None:
+    kept = load_recipe(survivors["copies"].folder / "recipe.toml")
+    given = load_recipe(survivors["copies"].folder.parent.with_suffix(".toml"))
+    size = kept.compute.microbatch_size
+    assert size in (1, 2)  # four units a step, on two copies
+    assert kept == given.with_microbatch(int(size))
 
 
 def test_pitfall_43_the_same_steps_with_the_same_units_never_get_the_same_noise(

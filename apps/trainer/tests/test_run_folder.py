@@ -268,6 +268,18 @@ def test_a_new_key_is_random_and_readable_by_its_owner_only(tmp_path: Path) -> N
     assert key.hex() not in key_fingerprint(key)
 
 
+def test_a_full_disk_leaves_no_empty_key(tmp_path: Path) -> None:
+    path = tmp_path / "run.key"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, hard))
+    try:
+        with pytest.raises(TrainerError, match=r"run\.key: File too large\. Free disk space"):
+            load_or_create_key(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(load_or_create_key(path)) == 32
+
+
 @pytest.mark.parametrize(
     ("content", "mode", "message"),
     [(b"x" * 32, 0o644, "chmod 600"), (b"short", 0o600, "holds 5 bytes")],
@@ -288,8 +300,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4, hard))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(OSError, match="File too large") as caught:
             write_whole(path, "a longer text")
+        assert caught.value.filename == str(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_text() == "old"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -25,7 +26,8 @@ class Crash:
     """An observer that ends its process without any clean-up at one moment.
 
     Only the first process finishes a save, so that is where a save is interrupted; at every other
-    moment the second process dies and the first has to notice.
+    moment the second process dies and the first has to notice. At a moment "asked" the second is
+    sent a signal, in a step after its release.
     """
 
     def __init__(self, moment: str | None, step: int, log: Path) -> None:
@@ -35,6 +37,9 @@ class Crash:
         """Note the moment, on the first process; crash if it is the chosen one."""
         if dist.get_rank() == 0:
             _append(self._log, {"moment": moment, "step": step})
+        asked = (self._moment, step, moment) == ("asked", self._step, "after_ledger")
+        if asked and dist.get_rank() == 1:
+            signal.raise_signal(signal.SIGTERM)
         victim = 0 if moment == "during_save" else 1
         if dist.get_rank() == victim and (moment, step) == (self._moment, self._step):
             os._exit(CRASHED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +23,15 @@ USER_ERROR = 2
 """Exit status where the user can put something right."""
 
 _PATIENCE = 30.0  # seconds
-_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_STORAGE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+}
 
 app = typer.Typer(
     name="veilspan.trainer",
@@ -46,9 +55,19 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train a model, or continue a run that was interrupted."""
     with _user_errors():
         resolved = load_recipe(recipe, overrides or ())
+        from veilspan.trainer.interrupts import Interrupted
         from veilspan.trainer.loop import train as train_recipe
 
-        train_recipe(resolved)
+        try:
+            train_recipe(resolved)
+        except Interrupted as end:
+            _stop(str(end), 128 + end.signal_number)
+        except KeyboardInterrupt:
+            _stop(
+                "Interrupted at once. The same command continues the run from its newest "
+                "checkpoint; releases since then stay counted.",
+                128 + signal.SIGINT,
+            )
     _leave()
 
 
@@ -98,7 +117,10 @@ def _user_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _STORAGE:
             raise
-        _refuse(f"{error.filename or 'A file'} cannot be written or read: {error.strerror}.")
+        _refuse(
+            f"{error.filename or 'A file'} cannot be written or read: {error.strerror}. Put that "
+            "right, then give the same command again; what was complete is still there."
+        )
     except Exception as error:
         if not isinstance(error, _refusals()):
             raise
@@ -125,6 +147,17 @@ def _refuse(message: str) -> None:
         sys.stderr.flush()
         os._exit(USER_ERROR)
     raise typer.Exit(USER_ERROR)
+
+
+def _stop(message: str, status: int) -> None:
+    """End every process with the status of a signal, after one message."""
+    if _rank() == 0:
+        Console(stderr=True, soft_wrap=True).print(message, markup=False, highlight=False)
+    if _distributed():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # others may be gone already
+    raise typer.Exit(status)
 
 
 def _rank() -> int:

@@ -118,7 +118,15 @@ def _write(model: nn.Module, tokenizer: PreTrainedTokenizerBase, final: Path, no
     tokenizer.save_pretrained(partial)
     if note:
         write_whole(partial / "README.md", note)
+    _share_weights(partial)
     replace_folder(partial, final)
+
+
+def _share_weights(folder: Path) -> None:
+    """Let weights be read by whoever may read the rest; safetensors makes them their owner's."""
+    permissions = (folder / "config.json").stat().st_mode & 0o777
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(permissions)
 
 
 def _explain(error: Exception, path: Path) -> ExportError:

@@ -16,7 +16,8 @@ def write_whole(path: Path, content: str | bytes, *, mode: int = 0o644) -> None:
         mode: Permissions of a new file.
 
     Raises:
-        OSError: If the disk is full or the folder cannot be written; `path` is then unchanged.
+        OSError: If the disk is full or the folder cannot be written, with the name of the file;
+            `path` is then unchanged.
     """
     data = content.encode() if isinstance(content, str) else content
     partial = path.with_name(f".partial-{path.name}")
@@ -28,9 +29,9 @@ def write_whole(path: Path, content: str | bytes, *, mode: int = 0o644) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError:
+    except OSError as error:
         partial.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     sync_folder(path.parent)
 
 

@@ -36,6 +36,7 @@ from veilspan.trainer.checkpoint import (
 )
 from veilspan.trainer.data import collate
 from veilspan.trainer.export import export_model
+from veilspan.trainer.interrupts import Interrupted, StopAsked, StopRequests
 from veilspan.trainer.mechanism import check_arithmetic
 from veilspan.trainer.monitor import Monitor
 from veilspan.trainer.optimizer import learning_rate, make_optimizer, set_learning_rate
@@ -101,6 +102,7 @@ def train(recipe: Recipe, *, observer: Observer | None = None) -> Path:
         TrainerError: If anything the user can put right is wrong; nothing is lost.
         LedgerError: If the ledger is damaged, of another run, or cannot be written.
         PrivacyError: If the model cannot be trained with the stated guarantee.
+        Interrupted: After SIGINT or SIGTERM between two steps, when everything is saved.
 
     Guarantee:
         The model and everything in the run folder is
@@ -193,9 +195,26 @@ def _require_same_run(
 
 
 def _steps(run: Run, key: bytes, first_step: int, monitor: Monitor) -> None:
-    """Take the steps that remain, as far as the budget goes."""
-    recipe, plan = run.parts.recipe, run.parts.plan
+    """Take the steps that remain, as far as the budget goes and nobody asks to stop."""
+    plan = run.parts.plan
     monitor.show(first_step, run.throughput)
+    with StopRequests(quiet=not run.processes.is_first) as stop:
+        try:
+            _take_steps(run, key, first_step, monitor, stop)
+        except StopAsked as asked:
+            if monitor.finished > first_step and not run.checkpoints.has(monitor.finished):
+                _save(run, monitor.finished)
+            raise Interrupted(
+                f"Interrupted after step {monitor.finished} of {plan.steps}, with every finished "
+                f"step saved in {run.folder.root}. The same command continues the run.",
+                int(str(asked)),
+            ) from None
+
+
+def _take_steps(
+    run: Run, key: bytes, first_step: int, monitor: Monitor, stop: StopRequests
+) -> None:
+    recipe, plan = run.parts.recipe, run.parts.plan
     draws = poisson_batches(
         len(run.parts.records),
         plan.sampling_probability,
@@ -205,7 +224,7 @@ def _steps(run: Run, key: bytes, first_step: int, monitor: Monitor) -> None:
     )
     for draw in draws:
         try:
-            run.gate.require_budget()
+            run.gate.require_budget(stop.require_none)
             _step(run, draw)
         except BudgetExceeded as reason:
             monitor.stop(reason, run.throughput)

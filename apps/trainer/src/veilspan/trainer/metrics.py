@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -72,7 +73,8 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # `write` has told already what could not be written
+            self._file.close()
         self._events.close()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -84,6 +86,7 @@ class MetricsLog:
 
         Raises:
             TrainerError: If a name is not declared public.
+            OSError: If the disk is full, with the name of the file.
         """
         undeclared = sorted(set(values) - set(PUBLIC_METRICS))
         if undeclared:
@@ -91,8 +94,11 @@ class MetricsLog:
                 f"{', '.join(undeclared)} is not declared public and was not logged; "
                 f"public quantities are {', '.join(PUBLIC_METRICS)}."
             )
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from error
         for name, value in values.items():
             # TensorBoard stores the time of each event. The real one would reveal how long the
             # steps before it took, hence how many units were drawn.

@@ -101,7 +101,7 @@ class Processes:
     def together(
         self, explain: Callable[[Exception], Exception] = lambda error: error
     ) -> Iterator[None]:
-        """Fail on every process if the block fails on any.
+        """Fail on every process if the block fails on any, with the error of the first of these.
 
         The block must not wait for other processes after the point where it may fail.
 
@@ -120,8 +120,9 @@ class Processes:
             mine = None if failure is None else (type(failure), str(failure))
             dist.all_gather_object(failures, mine)
             first = next((pair for pair in failures if pair is not None), None)
-            if failure is None and first is not None:
-                failure = first[0](first[1])
+            if first is not None and first != mine:  # all raise the same, or they would part
+                own, failure = failure, first[0](first[1])
+                failure.__cause__ = own
         if failure is not None:
             raise failure
 

@@ -33,9 +33,20 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_empty_path(cls, value: object, info: ValidationInfo) -> object:
-        """Refuse an empty name of a file or folder, which would mean the current folder."""
+    def _named_path(cls, value: object, info: ValidationInfo) -> object:
+        """Read ~ as the home folder; refuse a name that is empty, which would mean the current one.
+
+        A shell does not expand the ~ of `--set run.folder=~/runs`; a folder of that name would be
+        made, with the key in it.
+        """
         kind = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, str) and not value.strip() and Path in (kind, *get_args(kind)):
+        if Path not in (kind, *get_args(kind)) or not isinstance(value, str | Path):
+            return value
+        if not str(value).strip():
             raise ValueError('give the name of a file or folder; the current folder is "."')
-        return value
+        if "\0" in str(value):
+            raise ValueError("no name of a file or folder holds the character 0")
+        try:
+            return Path(value).expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"the home folder is not known ({error}); write it out") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Literal, Protocol
 
@@ -65,13 +66,18 @@ class ReleaseGate:
                 self._ledger.append(step=release.step, attempt=attempt)
         self._observer.at("after_ledger", release.step)
 
-    def require_budget(self) -> None:
+    def require_budget(self, further: Callable[[], None] = lambda: None) -> None:
         """Raise before any work is done on a step that the budget does not allow.
+
+        Args:
+            further: Another check of each process, in the same exchange of messages; what it raises
+                on one process, all raise.
 
         Raises:
             BudgetExceeded: On every process.
         """
         with self._processes.together():
+            further()
             if self._ledger is not None:
                 _require_budget(self._ledger)
 

@@ -93,12 +93,12 @@ class RunFolder:
         """
         try:
             return RunInfo.from_json(self.info.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise RunFolderError(
                 f"{self.root} is no run folder: it holds no {self.info.name}. Give the folder that "
                 "the recipe names in run.folder."
             ) from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise RunFolderError(f"{self.info} is damaged: {error}.") from error
 
     def read_recipe(self) -> Recipe:

@@ -40,8 +40,8 @@ def load_or_create_key(path: Path) -> bytes:
         key = path.read_bytes()
     except OSError as error:
         raise TrainerError(
-            f"Cannot use the key file {path}: {error.strerror}. Make the folder writable or set "
-            "privacy.key_file."
+            f"Cannot use the key file {path}: {error.strerror}. Free disk space, make the folder "
+            "writable, or set privacy.key_file."
         ) from error
     if len(key) != KEY_BYTES:
         raise TrainerError(
@@ -82,7 +82,11 @@ def _create(path: Path) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         return
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(os.urandom(KEY_BYTES))
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(os.urandom(KEY_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        path.unlink()  # an empty key would stop the next start, which may have room for one
+        raise

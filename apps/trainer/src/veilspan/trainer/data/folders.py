@@ -58,7 +58,7 @@ def list_files(
         key: Recipe key to name in errors.
         pattern: Files to take inside a folder, such as `**/*.py`.
         exclude: Patterns of files and folders to leave out.
-        without: Files and folders whose files are left out as well.
+        without: Files, whatever they are called in the folder, and folders that are left out.
 
     Raises:
         DataError: If `path` is missing or a pattern cannot be read.
@@ -77,11 +77,17 @@ def list_files(
         for file in _glob(path, pattern, "data.pattern")
         if file.is_file() and dropped.isdisjoint((file, *file.parents))
     )
+    elsewhere = {_place(other) for other in without if other.is_file()}
     by_place: dict[tuple[int, int], Path] = {}
     for file in sorted(kept, key=lambda file: file.relative_to(path).as_posix()):
-        place = file.stat()
-        by_place.setdefault((place.st_dev, place.st_ino), file)
-    return list(by_place.values())
+        by_place.setdefault(_place(file), file)
+    return [file for place, file in by_place.items() if place not in elsewhere]
+
+
+def _place(file: Path) -> tuple[int, int]:
+    """Return what all names of one file have in common."""
+    found = file.stat()
+    return found.st_dev, found.st_ino
 
 
 def is_inside(path: Path, folder: Path) -> bool:

@@ -98,23 +98,33 @@ def _training_rows(data: Data, written: tuple[Path, ...]) -> Rows:
         return DatasetFolder(data.train, data.text_column)
     exclude = (*data.exclude, *([data.heldout_pattern] if data.heldout_pattern else []))
     pattern = data.pattern or PATTERNS[kind]
-    without = written if data.heldout is None else (*written, data.heldout)
+    without = written
+    if data.heldout is not None:
+        without = (*written, data.heldout, *_heldout_files(data, data.heldout, written))
     files = list_files(data.train, "data.train", pattern=pattern, exclude=exclude, without=without)
     return _rows(kind, files, data)
 
 
 def _heldout_rows(data: Data, written: tuple[Path, ...]) -> Rows:
-    path, key = data.heldout, "data.heldout"
-    kind = _format(data, path or data.train, key)
+    path = data.heldout
+    kind = _format(data, path or data.train, "data.heldout")
     if path is None:
         assert data.heldout_pattern is not None
         files = _held_out_files(data, data.heldout_pattern, written)
     elif kind == "dataset":
         return DatasetFolder(path, data.text_column)
     else:
-        pattern = data.pattern or PATTERNS[kind]
-        files = list_files(path, key, pattern=pattern, exclude=data.exclude, without=written)
+        files = _heldout_files(data, path, written)
     return _rows(kind, files, data)
+
+
+def _heldout_files(data: Data, path: Path, written: tuple[Path, ...]) -> list[Path]:
+    """Return the files of `data.heldout`, none where it is a dataset folder."""
+    kind = _format(data, path, "data.heldout")
+    if kind == "dataset":
+        return []
+    pattern = data.pattern or PATTERNS[kind]
+    return list_files(path, "data.heldout", pattern=pattern, exclude=data.exclude, without=written)
 
 
 def _held_out_files(data: Data, held_out: str, written: tuple[Path, ...]) -> list[Path]:
