@@ -411,6 +411,38 @@ def test_adapters_that_use_what_they_hold_by_function_are_exact(
     assert_exact(model, compute_losses, make_batch(2, 7), "two_pass")
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT's own
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("TinyLoraConfig", {"u": 3}), ("VBLoRAConfig", {"num_vectors": 5, "vector_length": 8})],
+)
+@pytest.mark.usefixtures("genuine_float64")
+def test_adapters_that_share_what_the_model_around_them_keeps_are_exact(
+    kind, settings, task, make_model, make_batch, compute_losses
+):
+    """PEFT's model passed for their only user: it ran whole for each record, or was refused."""
+    peft = pytest.importorskip("peft")
+    if not hasattr(peft, kind):
+        pytest.skip(f"this PEFT has no {kind}")
+    config = getattr(peft, kind)(
+        r=2, target_modules=["q_proj", "o_proj"], task_type=task, **settings
+    )
+    model = peft.get_peft_model(make_model("llama"), config).double()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    for backward in ("two_pass", "bookkeeping"):
+        assert_exact(model, compute_losses, make_batch(2, 7), backward)
+    step = make_step(model, backward="per_sample")
+    alone = [line for line in step.explain().splitlines() if "records alone" in line]
+    assert any("q_proj" in line for line in alone)
+    assert all("_proj" in line for line in alone)
+    step.detach()
+
+
 def test_experts_in_a_list_run_with_the_module_that_holds_the_list():
     class Experts(nn.Module):
         def __init__(self):

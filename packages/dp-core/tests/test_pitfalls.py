@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from veilspan.core import Flat, PerLayer, PrivacyError, PrivateStep, UnsupportedModelError
+from veilspan.core.support import preflight
 from veilspan.core.testing import Oracle, assert_step_matches_oracle
 from veilspan.core.testing.conformance import assert_close
 from veilspan.core.testing.oracle import batch_size, take
@@ -416,6 +417,43 @@ def test_pitfall_11_a_head_outside_of_the_model_is_refused(backward):
     head.requires_grad_(False)
     with step:
         step.backward(head(body(x)).square().sum(1))
+
+
+@under_every_strategy
+def test_pitfall_11_a_prompt_that_is_no_parameter_is_refused(backward):
+    """A leaf tensor given to an optimizer: its gradient was raw."""
+    model, x = nn.Linear(4, 1), torch.randn(1, 3, 4)
+    prompt = torch.zeros(2, 4, requires_grad=True)
+
+    def losses(model, batch):
+        extended = torch.cat([prompt.expand(len(batch["x"]), 2, 4), batch["x"]], dim=1)
+        return model(extended).square().sum((1, 2))
+
+    step = attach(model, backward)
+    with step:
+        step.backward(losses(model, {"x": x}))
+        assert prompt.grad is None  # an optimizer passes it over
+    model.zero_grad()
+    with pytest.raises(PrivacyError, match=r"a tensor of shape \(2, 4\) which requires"), step:
+        step.backward(losses(model, {"x": x}))
+    assert prompt.grad is None
+    step.detach()
+    step = attach(model, backward)
+    with pytest.raises(PrivacyError, match=r"a tensor of shape \(2, 4\) which requires"):
+        preflight(step, losses, {"x": torch.randn(2, 3, 4)})
+
+
+@under_every_strategy
+def test_inputs_that_require_a_gradient_are_no_prompt(backward):
+    """As frozen embeddings give them to adapters under reentrant checkpointing."""
+    model = nn.Linear(4, 1)
+    step = attach(model, backward)
+    for _ in range(2):
+        with step:
+            for _ in range(3):
+                x = torch.randn(1, 3, 4, requires_grad=True)
+                step.backward(model(x).square().sum((1, 2)))
+        model.zero_grad()
 
 
 @pytest.mark.parametrize("backward", ["single_sample", "auto"])

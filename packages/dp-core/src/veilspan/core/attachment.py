@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import TensorWeakRef
 
 from veilspan.core.compiled import keep_saved_tensors, site_of
 from veilspan.core.errors import PrivacyError, UnsupportedModelError
@@ -56,7 +57,8 @@ class Attachment:
         self._decided = False  # the model's own input has told the size of this micro-batch
         self._inference = 0
         self._before: dict[str, Mark] = {}
-        self.looked_outside = False  # for parameters that are not the model's
+        self.looks_outside = 0  # in this logical batch, for what is trained beside the model
+        self.met_outside: list[TensorWeakRef] = []  # tensors that may be trained, or inputs
         self.broken = False  # a micro-batch of this logical batch failed half-way
         self._names = {id(p): name for name, p in owned.items()}
         self.sites = [self._patch(module) for module in modules]
@@ -101,7 +103,7 @@ class Attachment:
         """Let forward passes count as micro-batches, or stop it."""
         self._active = active
         if active:
-            self._before, self.broken, self.looked_outside = marks_of(self.model), False, False
+            self._before, self.broken, self.looks_outside = marks_of(self.model), False, 0
             self._inference = 0  # an interrupt, as in a notebook, may have left it behind
         self.end_micro_batch()
         if self.sites:

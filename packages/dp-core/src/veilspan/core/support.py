@@ -63,7 +63,8 @@ def preflight(step: PrivateStep, compute_losses: ComputeLosses, batch: Batch) ->
 
     Guarantee:
         None by itself: two records cannot prove that no pair ever couples. It catches batch
-        statistics, auxiliary and contrastive losses, batch-wide means, and flattened batches.
+        statistics, auxiliary and contrastive losses, batch-wide means, and flattened batches; not
+        rows that are records only here, such as images where each record happens to have one.
     """
     if batch_size(batch) != 2:
         raise ValueError(f"batch holds {batch_size(batch)} records; preflight probes exactly two.")

@@ -8,7 +8,7 @@ from torch import Tensor
 from veilspan.core.attachment import NO_OTHER_BACKWARD
 from veilspan.core.backward.base import Backward, Workspace
 from veilspan.core.backward.bookkeeping import BookKeeping, PerLayerClipping
-from veilspan.core.backward.outside import refuse_parameters_outside
+from veilspan.core.backward.outside import nothing_trained_outside
 from veilspan.core.backward.per_sample import PerSample
 from veilspan.core.backward.reach import reaches_its_record_alone
 from veilspan.core.backward.single_sample import SingleSample
@@ -23,7 +23,17 @@ STRATEGIES: dict[str, Backward] = {
 }
 
 
-def probe(work: Workspace, losses_B: Tensor, is_record_B: Tensor | None = None) -> None:
+def probe(work: Workspace, losses_B: Tensor) -> None:
+    """Probe a forward pass of its own, of which nothing is added to the sum.
+
+    Raises:
+        PrivacyError: If the last loss reaches another record, or what is trained beside the model.
+    """
+    with nothing_trained_outside(work.attachment, losses_B):
+        _probe(work, losses_B)
+
+
+def _probe(work: Workspace, losses_B: Tensor, is_record_B: Tensor | None = None) -> None:
     """Note whether the last loss was seen to reach its own record alone, on all ranks of a split.
 
     Such ranks go on probing until all have seen it, since each must run the backward passes of the
@@ -40,17 +50,17 @@ def run_micro_batch(work: Workspace, losses_B: Tensor) -> None:
 
     Raises:
         PrivacyError: If a `.grad` is there, which the step did not make, or a loss reaches another
-            record or a parameter that is not the model's.
+            record or what is trained beside the model.
     """
     batch = work.attachment.micro_batch
     strategy = STRATEGIES[batch.strategy if batch else "single_sample"]
     if strategy.tapped:
         refuse_rounded_products(losses_B)
     work.attachment.require_no_gradients("before step.backward", NO_OTHER_BACKWARD)
-    refuse_parameters_outside(work.attachment, losses_B)
     work.measure.begin()
     # Under the caller's autocast, norms and sums would be products of operands rounded to bf16.
-    with second_pass_explained(), torch.autocast(losses_B.device.type, enabled=False):
+    own_only = nothing_trained_outside(work.attachment, losses_B)
+    with own_only, second_pass_explained(), torch.autocast(losses_B.device.type, enabled=False):
         if not work.separable:
-            probe(work, losses_B, work.is_record_B)
+            _probe(work, losses_B, work.is_record_B)
         strategy.run(work, losses_B)

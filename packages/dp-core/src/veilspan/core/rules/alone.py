@@ -62,7 +62,8 @@ def whole_rule(module: nn.Module) -> RecordsAlone | None:
         return RecordsAlone()  # PEFT: DoRA and its like, embeddings: factors used by function
     if _is_a(module, _ADAPTER) and not _is_a(module, _TAPPED_ADAPTERS):
         return RecordsAlone()  # other adapters may use what they hold by function
-    if not _is_container(module) and any(_serves_its_parent(part) for part in _parts(module)):
+    serving = () if _is_container(module) else filter(_serves_its_parent, _parts(module))
+    if any(not _adapters_hold(part, module) for part in serving):
         return RecordsAlone()
     return None
 
@@ -105,6 +106,16 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
 def _is_container(module: nn.Module) -> bool:
     """Return whether nobody can call `module`, as `nn.ModuleList`."""
     return type(module).forward is nn.Module.forward
+
+
+def _adapters_hold(part: nn.Module, module: nn.Module) -> bool:
+    """Return whether adapters inside of `module` hold all that `part` does, and use it there.
+
+    PEFT's model around a base model keeps what its TinyLoRA and VB-LoRA layers share.
+    """
+    wanted = {id(p) for p in part.parameters()}
+    adapters = (inner for inner in module.modules() if _is_a(inner, _ADAPTER))
+    return any(wanted <= {id(p) for p in adapter.parameters()} for adapter in adapters)
 
 
 def _serves_its_parent(child: nn.Module) -> bool:
