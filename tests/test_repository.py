@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "core": set[str](),
     "kernels": set[str](),
     "parallel": set[str](),
-    "trainer": {"accounting", "core", "parallel"},
+    "trainer": {"accounting", "core", "kernels", "parallel"},
 }
 MAX_LINES = 320
 MACHINE_PATH = re.compile(r"(?<![\w.<>{}-])/(?:root|work|opt|Users/\w+|home/\w+)/\w")

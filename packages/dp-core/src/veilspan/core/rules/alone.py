@@ -109,12 +109,12 @@ def _is_container(module: nn.Module) -> bool:
 
 
 def _adapters_hold(part: nn.Module, module: nn.Module) -> bool:
-    """Return whether adapters inside of `module` hold all that `part` does, and use it there.
+    """Return whether adapters between the two hold all that `part` does, and use it there.
 
     PEFT's model around a base model keeps what its TinyLoRA and VB-LoRA layers share.
     """
-    wanted = {id(p) for p in part.parameters()}
-    adapters = (inner for inner in module.modules() if _is_a(inner, _ADAPTER))
+    wanted, ends = {id(p) for p in part.parameters()}, {module, *part.modules()}
+    adapters = (inner for inner in module.modules() if _is_a(inner, _ADAPTER) and inner not in ends)
     return any(wanted <= {id(p) for p in adapter.parameters()} for adapter in adapters)
 
 
