@@ -1,6 +1,7 @@
 """Who computes norms, sums and noise of a run, and what is checked before it may."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,6 +100,12 @@ def test_pitfall_51_norms_and_noise_of_a_wrong_device_are_refused(tmp_path, reci
     with pytest.raises(TrainerError, match=r"draws other noise on cpu.*privacy\.noise = .aes"):
         train(recipe)
     assert not recipe.run.folder.exists()
+
+
+def test_python_that_takes_the_checks_out_is_refused(tmp_path, recipe_in, monkeypatch):
+    monkeypatch.setattr(module.sys, "flags", SimpleNamespace(optimize=1))
+    with pytest.raises(TrainerError, match=r"-O takes.*compute\.kernels = .torch"):
+        check_arithmetic(recipe_in(tmp_path, compute__kernels="triton"), CPU)
 
 
 def test_noise_that_adds_nothing_is_not_alike():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from typing import Any
 
 import torch
@@ -75,6 +76,11 @@ def check_arithmetic(recipe: Recipe, device: torch.device) -> None:
         TrainerError: If a norm or a sum is off, or noise is not that of the CPU to the bit.
     """
     if recipe.compute.kernels == "triton":
+        if sys.flags.optimize:  # -O takes assertions out, and the conformance suite with them
+            raise TrainerError(
+                'compute.kernels is "triton", whose kernels are checked before a run, and python '
+                '-O takes the checks out. Start it without -O, or set compute.kernels = "torch".'
+            )
         try:
             dtype = getattr(torch, recipe.model.dtype)
             assert_kernel_conforms(_triton_kernel(), dtype=dtype, device=device)
